@@ -1,0 +1,112 @@
+"""A teacher, whatever its family, is one function: D(x, σ, **condition)."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from torch import nn
+
+from ..errors import InputError
+
+BUILT_IN = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher"}
+
+
+class Denoiser(nn.Module):
+    """
+    D(x, σ, **condition): the expected clean image behind x = image + σ n, n ~ N(0, I).
+
+    A family is a subclass in a file of its own. It implements `forward` and, to be found by
+    [`~Denoiser.from_pretrained`], `from_pipeline` and `scheduler_classes`.
+
+    Attributes:
+        unet (`nn.Module`): the network, where there is one.
+        scheduler_classes (`tuple[str]`): the diffusers schedulers whose configuration describes this family.
+        trajectory_config (`dict`): the arguments of the `PIDScheduler` that suits a student of this teacher.
+    """
+
+    scheduler_classes: tuple[str, ...] = ()
+    trajectory_config: dict
+
+    def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
+        """D(x, σ) of shape `(B, C, H, W)` for `x` of that shape and `sigma` a number or of shape `(B,)`."""
+        raise NotImplementedError
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the teacher denoises."""
+        size = self.unet.config.sample_size
+        return self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size)
+
+    def draw_condition(self, batch_size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """What to condition a training batch on, drawn on the CPU: uniform classes, or nothing."""
+        if self.num_classes is None:
+            return {}
+        return {"class_labels": torch.randint(self.num_classes, (batch_size,), generator=generator)}
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes the teacher knows; `None` if it is unconditional."""
+        return self.unet.config.num_class_embeds
+
+    @classmethod
+    def from_pipeline(cls, pipeline: DiffusionPipeline) -> "Denoiser":
+        """The denoiser in a pipeline whose scheduler is one of `scheduler_classes`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_pretrained(teacher: str | Path) -> "Denoiser":
+        """
+        The teacher in a diffusers pipeline, read from its scheduler's configuration.
+
+        Args:
+            teacher (`str` or `Path`): a folder, a Hub id, or `"digits"` for the teacher that comes with this package.
+
+        Raises:
+            InputError: if there is no such folder or Hub repo, it holds no pipeline, or its scheduler does not say how
+                the network was parametrised.
+        """
+        folder = _find(teacher)
+        try:
+            index = json.loads((folder / "model_index.json").read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"teacher is {str(teacher)!r}, which holds no diffusers pipeline (model_index.json:"
+                f" {error.__class__.__name__}); pass a folder written by save_pretrained."
+            ) from error
+        name = (index.get("scheduler") or [None, None])[1]
+        families = [family for family in Denoiser.__subclasses__() if name in family.scheduler_classes]
+        if not families:
+            known = ", ".join(n for family in Denoiser.__subclasses__() for n in family.scheduler_classes)
+            raise InputError(
+                f"teacher is {str(teacher)!r}, whose scheduler, {name}, does not tell how its network was"
+                f" parametrised; its model_index.json must name one of: {known}."
+            )
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(folder)
+        except Exception as error:
+            raise InputError(
+                f"teacher is {str(teacher)!r}, which diffusers cannot load: {' '.join(str(error).split())}"
+            ) from error
+        return families[0].from_pipeline(pipeline)
+
+
+def _find(teacher: str | Path) -> Path:
+    if str(teacher) in BUILT_IN:
+        return BUILT_IN[str(teacher)]
+    folder = Path(teacher)
+    if folder.is_dir():
+        return folder
+    missing = f"teacher is {str(teacher)!r}, which is neither a folder nor a repo on the Hub"
+    fix = f"pass a folder, a Hub id, or one of the built-in teachers: {', '.join(BUILT_IN)}."
+    if folder.is_absolute() or str(teacher).startswith(".") or folder.exists():
+        raise InputError(f"teacher is {str(teacher)!r}, which is not a folder; {fix}")
+    try:
+        validate_repo_id(str(teacher))
+        return Path(DiffusionPipeline.download(str(teacher)))
+    except HFValidationError as error:
+        raise InputError(f"{missing}; {fix}") from error
+    except Exception as error:  # no network, no such repo, no permission: the Hub's client says which
+        raise InputError(f"{missing} that can be read ({' '.join(str(error).split())[:200]}); {fix}") from error

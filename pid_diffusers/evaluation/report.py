@@ -1,0 +1,119 @@
+"""What a run shows of itself: pictures while it trains, pictures and figures at its end."""
+
+import json
+from pathlib import Path
+
+from ..denoisers import Denoiser
+from ..training import TrainingConfig, TrainingResult
+from ..training.loop import METRICS_FILE
+from ..trajectory import TrajectoryModel
+from .digits import DigitClassifier
+from .figures import save_loss_curve, save_same_seed, save_trajectory
+from .same_seed import draw_starts, measure_speedup, same_seed_samples, teacher_trajectory
+
+HEUN_STEPS = 40
+HEUN_STEPS_FOR_SPEED = 35
+TRAJECTORY_STARTS = 3
+
+
+class RunReport:
+    """
+    Pictures and figures of a run.
+
+    Args:
+        config (`TrainingConfig`): where they go, how many images they show, and what is measured.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        self.folder = Path(config.output_dir)
+
+    def validate(self, student: TrajectoryModel, teacher: Denoiser, step: int) -> dict[str, float]:
+        """Saves `validation/step-….png` and returns the rms distance on the seeds it shows."""
+        samples = self._samples(student, teacher, self.config.num_validation_images)
+        title = f"step {step}: rms distance {samples.rms_distance:.3f}"
+        path = self.folder / "validation" / f"step-{step:07d}.png"
+        save_same_seed(path, samples.teacher, samples.student, HEUN_STEPS, title)
+        return {"rms_distance": samples.rms_distance}
+
+    def finish(self, result: TrainingResult) -> str:
+        """Saves the pictures and `results.json`, and returns what to print."""
+        config, student, teacher = self.config, result.student, result.teacher
+        shown = self._samples(student, teacher, config.num_validation_images)
+        save_same_seed(self.folder / "samples.png", shown.teacher, shown.student, HEUN_STEPS, "the same seeds")
+        self._save_trajectory(student, teacher)
+        self._save_loss_curve()
+
+        results = {
+            "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
+            "seconds": round(result.seconds, 1),
+            "num_parameters": sum(p.numel() for p in student.unet.parameters()),
+        }
+        lines = [f"Distilled {config.teacher} to one step in {result.steps} steps, {result.seconds:.0f} s."]
+        if result.skipped_steps:
+            lines.append(f"  {result.skipped_steps} steps were skipped, since loss or gradient were not finite.")
+        if config.num_eval_samples:
+            samples = self._samples(student, teacher, config.num_eval_samples)
+            results["num_eval_samples"] = config.num_eval_samples
+            results["seed"] = config.seed
+            results[f"rms_distance_to_{HEUN_STEPS}_step_heun"] = samples.rms_distance
+            lines.append(
+                f"  rms distance per pixel to the teacher's {HEUN_STEPS}-step Heun endpoints:"
+                f" {samples.rms_distance:.4f} ({config.num_eval_samples} seeds never trained on)"
+            )
+            if config.eval_classifier == "digits":
+                classifier, labels = DigitClassifier(), samples.condition["class_labels"]
+                for name, images in (("teacher", samples.teacher), ("student", samples.student)):
+                    results[f"{name}_digits_read_as_asked"] = classifier.accuracy(images, labels)
+                lines.append(
+                    "  digits that a classifier reads as asked: teacher"
+                    f" {100 * results['teacher_digits_read_as_asked']:.1f} %, student"
+                    f" {100 * results['student_digits_read_as_asked']:.1f} %"
+                )
+            speedup = measure_speedup(student, teacher, config.eval_batch_size, HEUN_STEPS_FOR_SPEED)
+            results[f"speedup_over_{HEUN_STEPS_FOR_SPEED}_step_heun"] = round(speedup, 1)
+            lines.append(f"  one step takes 1/{speedup:.0f} of the time of {HEUN_STEPS_FOR_SPEED} Heun steps")
+        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+        call = f"class_labels={list(range(min(10, teacher.num_classes)))}" if teacher.num_classes else "batch_size=4"
+        return "\n".join(
+            [
+                *lines,
+                f"Saved in {self.folder}: the pipeline, samples.png, trajectory.png, loss.png, results.json.",
+                "Generate with:",
+                "",
+                "    import pid_diffusers",
+                "    from diffusers import DiffusionPipeline",
+                f"    images = DiffusionPipeline.from_pretrained({str(self.folder)!r})({call}).images",
+            ]
+        )
+
+    def _samples(self, student: TrajectoryModel, teacher: Denoiser, num_samples: int):
+        labels = self.config.validation_class_labels
+        return same_seed_samples(
+            student,
+            teacher,
+            num_samples,
+            self.config.eval_batch_size,
+            self.config.seed,
+            HEUN_STEPS,
+            labels if num_samples == self.config.num_validation_images else None,
+        )
+
+    def _save_trajectory(self, student: TrajectoryModel, teacher: Denoiser):
+        device = next(student.parameters()).device
+        labels = self.config.validation_class_labels
+        n = min(TRAJECTORY_STARTS, self.config.num_validation_images)
+        z, condition = draw_starts(student, teacher, n, self.config.seed, labels[:n] if labels else None)
+        z, condition = z.to(device), {name: value.to(device) for name, value in condition.items()}
+        sigmas, states = teacher_trajectory(student, teacher, z, condition, HEUN_STEPS)
+        every = HEUN_STEPS // 8
+        sigmas, states = sigmas[::every].tolist(), states[::every]
+        points = [student(z, sigma, **condition) for sigma in sigmas]
+        title = "x(z, t) at falling noise levels, shown as x/√(1 + t²)"
+        save_trajectory(self.folder / "trajectory.png", sigmas, states, points, title)
+
+    def _save_loss_curve(self):
+        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text().splitlines()]
+        save_loss_curve(self.folder / "loss.png", [x["step"] for x in lines], [x["loss"] for x in lines])

@@ -1,0 +1,123 @@
+"""How close a student is to its teacher, measured from the same seeds; no data needed."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..denoisers import Denoiser, heun
+from ..training.noise import generator_for
+from ..trajectory import TrajectoryModel
+
+# a part of every key that training never draws from
+EVALUATION_STREAM = 0xE7A1
+
+
+@dataclass
+class SameSeedSamples:
+    """Samples of teacher and student from the same starts, at the student's lowest noise level ε.
+
+    Attributes:
+        student (`torch.Tensor` of shape `(B, C, H, W)`): x_θ(z, ε), one network call.
+        teacher (`torch.Tensor` of shape `(B, C, H, W)`): the endpoint of the teacher's ODE.
+        condition (`dict`): what both were conditioned on.
+    """
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    condition: dict[str, torch.Tensor]
+
+    @property
+    def rms_distance(self) -> float:
+        """√(mean over images and pixels of (student − teacher)²), for images in [−1, 1]."""
+        return (self.student - self.teacher).square().mean().sqrt().item()
+
+
+def draw_starts(
+    student: TrajectoryModel, teacher: Denoiser, num_samples: int, seed: int, class_labels: list[int] | None = None
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """
+    Starts z that training with `seed` never draws, `(B, C, H, W)` on the CPU, and the condition of each.
+
+    Args:
+        class_labels (`list[int]`, *optional*): one a sample; by default the teacher's classes in turn.
+    """
+    generator = generator_for(seed, EVALUATION_STREAM)
+    z = student.scheduler.config.sigma_max * torch.randn(num_samples, *teacher.sample_shape, generator=generator)
+    if teacher.num_classes is None:
+        return z, {}
+    labels = torch.arange(num_samples) % teacher.num_classes if class_labels is None else torch.tensor(class_labels)
+    return z, {"class_labels": labels}
+
+
+@torch.no_grad()
+def teacher_trajectory(
+    student: TrajectoryModel, teacher: Denoiser, z: torch.Tensor, condition: dict, heun_steps: int = 40
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The grid of `heun_steps` + 1 noise levels from T to ε, and the teacher's ODE solution at each, in float64."""
+    sigmas = student.scheduler.grid(heun_steps + 1)
+    return sigmas, heun(teacher, z.double(), sigmas, **condition)
+
+
+@torch.no_grad()
+def same_seed_samples(
+    student: TrajectoryModel,
+    teacher: Denoiser,
+    num_samples: int,
+    batch_size: int = 128,
+    seed: int = 0,
+    heun_steps: int = 40,
+    class_labels: list[int] | None = None,
+) -> SameSeedSamples:
+    """
+    One-step samples of the student beside the teacher's ODE endpoints, from starts that training never draws.
+
+    Args:
+        student (`TrajectoryModel`), teacher (`Denoiser`): on the same device.
+        num_samples (`int`): how many starts.
+        batch_size (`int`, defaults to 128): how many at a time.
+        seed (`int`, defaults to 0): of the starts.
+        heun_steps (`int`, defaults to 40): steps of Heun's method on the grid from T to ε, two teacher calls each.
+        class_labels (`list[int]`, *optional*): one a sample; by default the teacher's classes in turn.
+    """
+    device = next(student.parameters()).device
+    z, condition = draw_starts(student, teacher, num_samples, seed, class_labels)
+    students, teachers = [], []
+    for i in range(0, num_samples, batch_size):
+        batch = z[i : i + batch_size].to(device)
+        some = {name: value[i : i + batch_size].to(device) for name, value in condition.items()}
+        students.append(student(batch, student.scheduler.config.sigma_min, **some).cpu())
+        teachers.append(teacher_trajectory(student, teacher, batch, some, heun_steps)[1][-1].float().cpu())
+    return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition)
+
+
+@torch.no_grad()
+def measure_speedup(
+    student: TrajectoryModel, teacher: Denoiser, batch_size: int = 64, heun_steps: int = 35, repeats: int = 3
+) -> float:
+    """How many times as fast one step of the student is as the teacher's Heun sampler, for the same batch.
+
+    The fastest of `repeats` runs of each, taken in turn, since other work on the machine only adds time.
+    """
+    device = next(student.parameters()).device
+    z, condition = draw_starts(student, teacher, batch_size, seed=0)
+    z, condition = z.to(device), {name: value.to(device) for name, value in condition.items()}
+
+    def one_step():
+        student(z, student.scheduler.config.sigma_min, **condition)
+
+    def solve():
+        heun(teacher, z, student.scheduler.grid(heun_steps + 1), **condition)
+
+    one_step()  # the first call allocates
+    times = [(_seconds(one_step, device), _seconds(solve, device)) for _ in range(repeats)]
+    return min(slow for _, slow in times) / min(fast for fast, _ in times)
+
+
+def _seconds(function, device: torch.device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,3 @@
+from .scheduling_pid import PIDScheduler, PIDSchedulerOutput
+
+__all__ = ["PIDScheduler", "PIDSchedulerOutput"]

@@ -1,0 +1,257 @@
+"""The trajectory function of Physics Informed Distillation as a diffusers scheduler.
+
+This file imports nothing but diffusers and torch, so that it can travel with a checkpoint.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import BaseOutput
+
+PREDICTION_TYPES = ("sample", "edm", "epsilon", "v_prediction")
+TIMESTEP_TYPES = ("edm", "edm_scaled")
+
+
+@dataclass
+class PIDSchedulerOutput(BaseOutput):
+    """
+    Output of [`PIDScheduler.step`].
+
+    Args:
+        prev_sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            x_θ(z, σ), the student's point of the trajectory at the noise level asked for.
+        pred_original_sample (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
+            X_θ(z, σ), the head's output: what the trajectory function mixes with z.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class PIDScheduler(SchedulerMixin, ConfigMixin):
+    r"""
+    Turns a raw network F_θ into the trajectory function of Physics Informed Distillation.
+
+    With T = `sigma_max`, z ~ N(0, T² I) and noise levels t in the units of the data (EDM's σ):
+
+        x_θ(z, t) = (t/T) z + ((T−t)/T) X_θ(z, t)                                   (PID, eq. 7)
+        X_θ(z, t) = a z + b F_θ(c_in(T) z, c_noise(t)),   c_in(T) = 1/√(σ_data² + T²)
+
+    x_θ(z, T) = z holds bit for bit in any floating-point type. Unlike in other diffusers schedulers the noise levels
+    are independent of each other: `step` computes a point of the trajectory from the *start* z, never from the point
+    before.
+
+    The grid is EDM's (Karras et al. 2022, eq. 5) with N = `num_train_timesteps` points:
+
+        t_i = (T^(1/ρ) + i/(N−1) · (ε^(1/ρ) − T^(1/ρ)))^ρ,   i = 0 … N−1,   t_0 = T,   t_{N−1} = ε = `sigma_min`
+
+    Args:
+        num_train_timesteps (`int`, defaults to 250): N, the number of grid points of the training loss; at least 2.
+        sigma_min (`float`, defaults to 0.002): ε, the noise level of a finished sample.
+        sigma_max (`float`, defaults to 80.0): T, the noise level of the start z.
+        sigma_data (`float`, defaults to 0.5): standard deviation of the data; 1.0 for variance-preserving teachers.
+        rho (`float`, defaults to 7.0): ρ, how strongly the grid is condensed at low noise.
+        prediction_type (`str`, defaults to `"sample"`): the head (a, b). `"sample"`: (0, 1), the paper's. The others
+            are a teacher's own coefficients at σ = T, so that a copy of the teacher begins with X_θ(z, T) = D(z, T).
+            `"edm"`: (σ_d²/(σ_d²+T²), Tσ_d/√(σ_d²+T²)); `"epsilon"`: (1, −T);
+            `"v_prediction"`: (σ_d²/(σ_d²+T²), −Tσ_d/√(σ_d²+T²)).
+        timestep_type (`str`, defaults to `"edm"`): c_noise. `"edm"`: ln(σ)/4; `"edm_scaled"`: 250 ln(σ).
+
+    Raises:
+        ValueError: for an unknown head or timestep type, N < 2, σ_data ≤ 0, ρ ≤ 0, or unless 0 < σ_min < σ_max.
+
+    Source: Tee et al., Physics Informed Distillation for Diffusion Models; Karras et al. 2022 (EDM).
+    """
+
+    # Only names and ranges are shared: EDMEulerScheduler's "epsilon" is what is called "edm" here.
+    _compatibles = ["EDMEulerScheduler"]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 250,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = 7.0,
+        prediction_type: str = "sample",
+        timestep_type: str = "edm",
+    ):
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
+        if timestep_type not in TIMESTEP_TYPES:
+            raise ValueError(f"timestep_type is {timestep_type!r}; choose one of {', '.join(TIMESTEP_TYPES)}.")
+        if num_train_timesteps < 2:
+            raise ValueError(f"num_train_timesteps is {num_train_timesteps}; a grid needs at least 2 points.")
+        if not 0 < sigma_min < sigma_max < math.inf:
+            raise ValueError(
+                f"sigma_min is {sigma_min} and sigma_max is {sigma_max}; choose finite values with"
+                " 0 < sigma_min < sigma_max."
+            )
+        if not 0 < sigma_data < math.inf or not 0 < rho < math.inf:
+            raise ValueError(f"sigma_data is {sigma_data} and rho is {rho}; both must be positive and finite.")
+        self.init_noise_sigma = sigma_max
+        self.num_inference_steps = None
+        self.sigmas = self.grid().to(torch.float32)
+        self.timesteps = self.sigma_to_timestep(self.grid()).to(torch.float32)
+
+    def grid(self, num_points: int | None = None) -> torch.Tensor:
+        """EDM's grid from T down to ε with `num_points` (default: N) points, `(num_points,)` in float64 on the CPU.
+
+        The ends are T and ε exactly, not the rounded result of the ρ-th power of a ρ-th root.
+        """
+        n = self.config.num_train_timesteps if num_points is None else num_points
+        start, end = self.config.sigma_max ** (1 / self.config.rho), self.config.sigma_min ** (1 / self.config.rho)
+        grid = (start + torch.arange(n, dtype=torch.float64) / (n - 1) * (end - start)) ** self.config.rho
+        grid[0], grid[-1] = self.config.sigma_max, self.config.sigma_min
+        return grid
+
+    @property
+    def c_in(self) -> float:
+        """c_in(T) = 1/√(σ_data² + T²): scales the start z to unit variance for the network, at every noise level."""
+        return 1 / math.hypot(self.config.sigma_data, self.config.sigma_max)
+
+    @property
+    def head(self) -> tuple[float, float]:
+        """(a, b) of X_θ = a z + b F_θ."""
+        if self.config.prediction_type == "sample":
+            return 0.0, 1.0
+        if self.config.prediction_type == "epsilon":
+            return 1.0, -self.config.sigma_max
+        a = (self.config.sigma_data * self.c_in) ** 2
+        b = self.config.sigma_max * self.config.sigma_data * self.c_in
+        return (a, b) if self.config.prediction_type == "edm" else (a, -b)
+
+    def sigma_to_timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        """c_noise(σ), the number that the network is told: ln(σ)/4 (`"edm"`) or 250 ln(σ) (`"edm_scaled"`)."""
+        return sigma.log() * 250 if self.config.timestep_type == "edm_scaled" else sigma.log() / 4
+
+    def timestep_to_sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
+        """
+        The noise level behind a scalar `timestep`: exactly that of the schedule if it is one of `self.timesteps`, else
+        the inverse of c_noise.
+
+        Raises:
+            ValueError: if the noise level lies above T, as for an index of the schedule.
+        """
+        timestep = torch.as_tensor(timestep, dtype=torch.float32).to(self.timesteps.device)
+        indices = (self.timesteps == timestep).nonzero()
+        if len(indices) > 0:
+            return self.sigmas[indices[0, 0]]
+        sigma = torch.exp(timestep / 250 if self.config.timestep_type == "edm_scaled" else timestep * 4)
+        if not sigma <= self.config.sigma_max:
+            raise ValueError(
+                f"timestep {timestep.item():g} means a noise level of {sigma.item():g}, above sigma_max ="
+                f" {self.config.sigma_max:g}; pass an element of scheduler.timesteps, not an index."
+            )
+        return sigma
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: list[float] | torch.Tensor | None = None,
+    ):
+        """
+        Chooses the noise levels at which the trajectory is evaluated.
+
+        Args:
+            num_inference_steps (`int`, *optional*): the n points after the start on a grid of n + 1; 1 (the default)
+                gives ε alone, the one-step sample.
+            device: where `timesteps` and `sigmas` are put.
+            sigmas (`list[float]`, *optional*): these noise levels instead, in any order, each in [0, T]; 0 is
+                extrapolated as ε, since ln(0) cannot be told to a network.
+
+        Raises:
+            ValueError: if both or an empty or out-of-range list are given, or `num_inference_steps` is below 1.
+        """
+        if sigmas is not None and num_inference_steps is not None:
+            raise ValueError("num_inference_steps and sigmas were both passed; pass one of them.")
+        if sigmas is not None:
+            sigmas = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").flatten()
+            if len(sigmas) == 0:
+                raise ValueError("sigmas is empty; pass at least one noise level.")
+            # a float32 rounding of T lies just above a T such as 14.6146
+            if not bool(((sigmas >= 0) & (sigmas <= self.config.sigma_max * (1 + 1e-6))).all()):
+                raise ValueError(
+                    f"sigmas is {sigmas.tolist()}; every noise level must lie between 0 and sigma_max ="
+                    f" {self.config.sigma_max:g}."
+                )
+            sigmas = sigmas.clamp(self.config.sigma_min, self.config.sigma_max)
+        else:
+            num_inference_steps = 1 if num_inference_steps is None else num_inference_steps
+            if num_inference_steps < 1:
+                raise ValueError(f"num_inference_steps is {num_inference_steps}; pass at least 1.")
+            sigmas = self.grid(num_inference_steps + 1)[1:]
+        self.num_inference_steps = len(sigmas)
+        self.sigmas = sigmas.to(device=device, dtype=torch.float32)
+        self.timesteps = self.sigma_to_timestep(sigmas).to(device=device, dtype=torch.float32)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: float | torch.Tensor | None = None) -> torch.Tensor:
+        """c_in(T) z, whatever the `timestep`: the network always sees the start of the trajectory.
+
+        Args:
+            sample (`torch.Tensor`): z ~ N(0, T² I).
+            timestep: unused; there because schedulers are interchangeable.
+        """
+        return sample * self.c_in
+
+    def trajectory(
+        self, model_output: torch.Tensor, z: torch.Tensor, sigma: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        x_θ(z, σ) and X_θ(z, σ) from the network's output (eq. 7).
+
+        Args:
+            model_output (`torch.Tensor` of shape `(B, C, H, W)`): F_θ(c_in(T) z, c_noise(σ)).
+            z (`torch.Tensor` of shape `(B, C, H, W)`): the start, of standard deviation T.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): the noise level, in [0, T].
+
+        Computed in float32, or float64 if z is, with σ/T in σ's own type. Both results have z's type.
+        """
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=None if torch.is_tensor(sigma) else dtype, device=z.device)
+        sigma = sigma.reshape(-1, *[1] * (z.ndim - 1)) if sigma.ndim else sigma
+        # A tensor, because CUDA divides by a Python number through its reciprocal, and T · (1/T) need not be 1.
+        skip = sigma / torch.as_tensor(self.config.sigma_max, dtype=sigma.dtype, device=z.device)
+        a, b = self.head
+        start = z.to(dtype)
+        head = a * start + b * model_output.to(dtype)
+        x = skip * start + (1 - skip) * head
+        return x.to(z.dtype), head.to(z.dtype)
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: float | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> PIDSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """
+        The point of the trajectory at `timestep`, from its start.
+
+        Args:
+            model_output (`torch.Tensor`): F_θ(c_in(T) z, `timestep`).
+            timestep (`float` or `torch.Tensor`): an element of `self.timesteps`.
+            sample (`torch.Tensor`): z, the start of the trajectory (not the result of an earlier step).
+            generator (`torch.Generator`, *optional*): unused, since nothing is random here.
+            return_dict (`bool`, defaults to `True`): a [`PIDSchedulerOutput`] instead of a tuple.
+        """
+        x, head = self.trajectory(model_output, sample, self.timestep_to_sigma(timestep))
+        if not return_dict:
+            return x, head
+        return PIDSchedulerOutput(prev_sample=x, pred_original_sample=head)
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x + σ n: clean samples `(B, …)` at the noise levels of `timesteps`, `(B,)` elements of `self.timesteps`."""
+        sigma = torch.stack([self.timestep_to_sigma(t) for t in torch.as_tensor(timesteps).flatten()])
+        sigma = sigma.to(device=original_samples.device, dtype=original_samples.dtype)
+        return original_samples + sigma.reshape(-1, *[1] * (original_samples.ndim - 1)) * noise
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps

@@ -1,0 +1,244 @@
+"""Every setting of a run: one dataclass, whose fields are the flags of `train_pid.py` and the keys of a preset."""
+
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from diffusers.optimization import SchedulerType
+from transformers import HfArgumentParser
+
+from ..errors import InputError
+from ..losses.distances import DISTANCES
+from ..losses.pid import SCHEMES
+from ..schedulers.scheduling_pid import PREDICTION_TYPES
+
+PRESETS = Path(__file__).parent.parent / "presets"
+OPTIMIZERS = ("radam", "adamw")
+# piecewise_constant needs step rules, which no flag gives
+LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT)
+
+
+def option(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """The settings of a run. Flags override the preset, which overrides these defaults."""
+
+    preset: str = option("digits", "a YAML file of settings, or the name of one that comes with the package")
+
+    # what is distilled into what
+    teacher: str | None = option(None, "a diffusers pipeline: folder, Hub id, or 'digits' for the built-in one")
+    student_config: str | None = option(
+        None, "a UNet's config.json: a student of that shape with random weights, instead of a copy of the teacher"
+    )
+    output_dir: str = option("pid-model", "folder for the pipeline, pictures, figures and checkpoints")
+    seed: int = option(0, "seed of the noise, the noise levels and the classes")
+
+    # the trajectory function and the loss
+    num_train_timesteps: int = option(250, "N, the number of grid points")
+    sigma_min: float | None = option(None, "ε, the lowest noise level; default: the teacher's")
+    sigma_max: float | None = option(None, "T, the highest noise level; default: the teacher's")
+    sigma_data: float | None = option(None, "standard deviation of the data; default: the teacher's")
+    rho: float = option(7.0, "ρ of the grid: how strongly it is condensed at low noise")
+    prediction_type: str | None = option(
+        None, f"head of the student: {', '.join(PREDICTION_TYPES)}; default: the one that suits the teacher"
+    )
+    scheme: str = option("upwind", f"numerical derivative: {', '.join(SCHEMES)}")
+    distance: str = option("l2", f"distance of the residual: {', '.join(DISTANCES)}")
+    huber_c: float | None = option(None, "c of pseudo_huber; default: 0.00054 √(number of pixels × channels)")
+    lpips_vgg_weights: str | None = option(None, "local copy of torchvision's vgg16-397923af.pth, for lpips")
+    split_batch: bool = option(False, "one student call a time instead of one of doubled batch: slower, less memory")
+
+    # optimisation
+    train_batch_size: int = option(64, "starts z per process and micro-step")
+    gradient_accumulation_steps: int = option(1, "micro-steps per optimizer step")
+    max_train_steps: int = option(100000, "optimizer steps")
+    optimizer: str = option("radam", f"one of {', '.join(OPTIMIZERS)}")
+    learning_rate: float = option(2e-4, "highest learning rate")
+    lr_scheduler: str = option("constant", f"one of {', '.join(LR_SCHEDULERS)}")
+    lr_warmup_steps: int = option(0, "optimizer steps over which the learning rate rises")
+    adam_beta1: float = option(0.9, "decay of the first moment")
+    adam_beta2: float = option(0.999, "decay of the second moment")
+    adam_weight_decay: float = option(0.0, "weight decay")
+    adam_epsilon: float = option(1e-8, "ε of the optimizer")
+    max_grad_norm: float | None = option(None, "clip the gradient to this norm; default: no clipping")
+    ema_decays: list[float] = field(
+        default_factory=lambda: [0.999, 0.9999, 0.99995],
+        metadata={"help": "decays of the moving averages of the weights that are kept"},
+    )
+    save_ema_decay: float | None = option(None, "the decay whose average is saved and validated; default: the last")
+    max_skipped_steps: int = option(50, "stop after so many non-finite steps in a row")
+
+    # how it is computed
+    mixed_precision: str | None = option(None, "no, fp16 or bf16; default: what `accelerate launch` was told")
+    gradient_checkpointing: bool = option(False, "trade time for memory")
+    torch_compile: bool = option(False, "compile teacher and student with torch.compile")
+    allow_tf32: bool = option(False, "TensorFloat-32 matrix products on Ampere GPUs and later")
+    deterministic: bool = option(True, "deterministic kernels, which bit-exact resuming on a GPU needs")
+
+    # what is written, and when
+    report_to: str = option("tensorboard", "a tracker that accelerate offers, all, or none")
+    logging_dir: str = option("logs", "folder of the trackers, inside output_dir")
+    logging_steps: int = option(10, "steps between lines of metrics.jsonl")
+    checkpointing_steps: int = option(500, "steps between checkpoints")
+    checkpoints_total_limit: int | None = option(None, "how many checkpoints to keep; default: all")
+    resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
+    validation_steps: int = option(1000, "steps between validation pictures; 0 for none")
+    num_validation_images: int = option(10, "images in each picture")
+    validation_class_labels: list[int] | None = field(
+        default=None, metadata={"help": "classes in the pictures, one an image; default: 0, 1, 2, …"}
+    )
+    num_eval_samples: int = option(512, "seeds for the figures at the end of the run; 0 for none")
+    eval_classifier: str | None = option(
+        None, "reads whether images show the class asked for: digits (for 8 × 8 digits); default: not measured"
+    )
+    eval_batch_size: int = option(128, "images per call for pictures and figures")
+
+    def validate(self) -> "TrainingConfig":
+        """
+        Checks what can be known without the teacher.
+
+        Raises:
+            InputError: naming the setting, its value and the fix.
+        """
+
+        def require(ok: bool, name: str, fix: str):
+            if not ok:
+                raise InputError(f"{name} is {getattr(self, name)!r}; {fix}.")
+
+        def choice(name: str, choices: typing.Iterable[str]):
+            require(getattr(self, name) in choices, name, f"choose one of {', '.join(choices)}")
+
+        require(self.teacher is not None, "teacher", "pass --teacher with a folder, a Hub id, or digits")
+        choice("scheme", SCHEMES)
+        choice("distance", tuple(DISTANCES))
+        choice("optimizer", OPTIMIZERS)
+        choice("lr_scheduler", LR_SCHEDULERS)
+        if self.prediction_type is not None:
+            choice("prediction_type", PREDICTION_TYPES)
+        if self.mixed_precision is not None:
+            choice("mixed_precision", ("no", "fp16", "bf16"))
+        if self.eval_classifier is not None:
+            choice("eval_classifier", ("digits",))
+        for name in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "logging_steps"):
+            require(getattr(self, name) >= 1, name, "pass at least 1")
+        for name in ("checkpointing_steps", "eval_batch_size", "num_validation_images", "max_skipped_steps"):
+            require(getattr(self, name) >= 1, name, "pass at least 1")
+        for name in ("validation_steps", "lr_warmup_steps", "num_eval_samples"):
+            require(getattr(self, name) >= 0, name, "pass 0 or more")
+        require(self.seed >= 0, "seed", "pass 0 or more")
+        require(self.num_train_timesteps >= 2, "num_train_timesteps", "a grid needs at least 2 points")
+        if self.scheme == "central":
+            require(self.num_train_timesteps >= 3, "num_train_timesteps", "the central scheme needs at least 3 points")
+        for name in ("sigma_min", "sigma_max", "sigma_data", "rho", "learning_rate", "max_grad_norm", "huber_c"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, name, "pass a positive number")
+        if self.sigma_min is not None and self.sigma_max is not None:
+            require(self.sigma_min < self.sigma_max, "sigma_min", f"it must lie below sigma_max, {self.sigma_max}")
+        require(
+            self.checkpoints_total_limit is None or self.checkpoints_total_limit >= 1,
+            "checkpoints_total_limit",
+            "keep at least 1, or leave it out to keep all",
+        )
+        require(
+            len(self.ema_decays) > 0 and all(0 <= decay < 1 for decay in self.ema_decays),
+            "ema_decays",
+            "pass at least one number in [0, 1)",
+        )
+        require(
+            self.save_ema_decay is None or self.save_ema_decay in self.ema_decays,
+            "save_ema_decay",
+            f"it must be one of ema_decays, {self.ema_decays}",
+        )
+        require(
+            self.validation_class_labels is None or len(self.validation_class_labels) == self.num_validation_images,
+            "validation_class_labels",
+            f"pass one class for each of the {self.num_validation_images} images of num_validation_images",
+        )
+        return self
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+def parse_config(args: list[str] | None = None) -> TrainingConfig:
+    """
+    The configuration from command-line flags over the preset that they name.
+
+    Raises:
+        InputError: for an unknown flag, key or preset, or a value that cannot be read; from `validate`, too.
+    """
+    args = sys.argv[1:] if args is None else args
+    parser = _Parser(TrainingConfig, allow_abbrev=False, description="Distils a diffusion model to one step with PID.")
+    preset = parser.parse_args_into_dataclasses(args)[0].preset
+    settings = load_preset(preset)
+    from_preset = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        from_preset += [f"--{name}", *map(str, values)] if value is not None else []
+    try:
+        parser.parse_args_into_dataclasses(from_preset)
+    except InputError as error:
+        raise InputError(f"preset {preset!r}: {error}") from error
+    return parser.parse_args_into_dataclasses([*from_preset, *args])[0].validate()
+
+
+def load_preset(name: str) -> dict:
+    """
+    The settings in a preset.
+
+    Args:
+        name (`str`): one that comes with the package, or the path of a YAML file.
+
+    Raises:
+        InputError: if there is none, it is no mapping, or it has a key that is no setting.
+    """
+    path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise InputError(f"preset is {name!r}, which is no file; pass a YAML file or one of {known}.")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"preset is {name!r}, which is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"preset is {name!r}, which holds a {type(settings).__name__}; write 'name: value' lines.")
+    fields = {f.name: f for f in dataclasses.fields(TrainingConfig) if f.name != "preset"}
+    for key, value in settings.items():
+        if key not in fields:
+            raise InputError(f"preset {name!r} has the key {key!r}, which is no setting{_nearest(str(key), fields)}.")
+        if isinstance(value, dict) or isinstance(value, list) != _is_list(fields[key].type) and value is not None:
+            kind = "a list" if _is_list(fields[key].type) else "a single value"
+            raise InputError(f"preset {name!r} sets {key} to {value!r}; it takes {kind}.")
+    return settings
+
+
+def _is_list(annotation) -> bool:
+    members = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else [annotation]
+    return any(typing.get_origin(member) is list for member in members)
+
+
+def _nearest(name: str, names: typing.Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+class _Parser(HfArgumentParser):
+    """Reports what is wrong in one sentence instead of two pages of usage."""
+
+    def error(self, message: str):
+        prefix, _, unknown = message.partition("unrecognized arguments: ")
+        if not prefix and unknown.startswith("--"):
+            flag = unknown.split()[0].split("=")[0]
+            names = [f.name for f in dataclasses.fields(TrainingConfig)]
+            nearest = _nearest(flag[2:], names).replace("did you mean '", "did you mean '--")
+            raise InputError(f"{flag} is no flag{nearest}; --help lists them.")
+        raise InputError(f"{message}; --help lists the flags.")

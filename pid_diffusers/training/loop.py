@@ -1,0 +1,558 @@
+"""The training loop: knows accelerate, knows no model family."""
+
+import contextlib
+import copy
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..denoisers import Denoiser
+from ..errors import InputError
+from ..losses import PIDLoss
+from ..losses.distances import get_distance
+from ..pipelines import OneStepPIDPipeline
+from ..schedulers import PIDScheduler
+from ..trajectory import TrajectoryModel, keep_output_in_float32
+from . import checkpoints
+from .config import TrainingConfig
+from .noise import draw_batch
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+# what torch, safetensors and the operating system raise when a disk is full or a folder cannot be written
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+Validate = Callable[[TrajectoryModel, Denoiser, int], dict[str, float]]
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on. The message says why, and where the last good checkpoint is."""
+
+
+@dataclass
+class TrainingResult:
+    """What a finished or interrupted run leaves behind.
+
+    Attributes:
+        student (`TrajectoryModel`): with the moving average of the weights that is saved; not under DDP or autocast.
+        teacher (`Denoiser`): in the precision of training.
+        steps (`int`): optimizer steps done, skipped ones counted in.
+        skipped_steps (`int`): steps without an update, since loss or gradient were not finite.
+        seconds (`float`): time in training, validation and checkpoints left out, earlier parts of the run counted in.
+        interrupted_by (`int`, *optional*): the signal that ended the run early.
+        is_main_process (`bool`): whether this process writes.
+    """
+
+    student: TrajectoryModel
+    teacher: Denoiser
+    steps: int
+    skipped_steps: int
+    seconds: float
+    interrupted_by: int | None
+    is_main_process: bool
+
+
+class Trainer:
+    """
+    Distils a teacher by minimising [`PIDLoss`] with the settings of a [`TrainingConfig`].
+
+    Creating one checks the settings against the teacher, the folder and the checkpoint to resume from. What a step
+    draws depends on (seed, rank, step, micro-step) alone, so that a resumed run ends with the weights of one that was
+    not interrupted, bit for bit.
+
+    Args:
+        config (`TrainingConfig`): the settings, validated.
+
+    Raises:
+        InputError: for a setting that cannot work, before anything is written.
+    """
+
+    def __init__(self, config: TrainingConfig):
+        self.config = config
+        self.output_dir = Path(config.output_dir)
+        self.teacher = Denoiser.from_pretrained(config.teacher).requires_grad_(False).eval()
+        self.scheduler = _create_scheduler(config, self.teacher)
+        labels = config.validation_class_labels
+        if labels is not None and (
+            self.teacher.num_classes is None or not all(0 <= c < self.teacher.num_classes for c in labels)
+        ):
+            known = self.teacher.num_classes
+            raise InputError(
+                f"validation_class_labels is {labels}; "
+                + ("the teacher is unconditional, leave it out." if known is None else f"use 0 to {known - 1}.")
+            )
+        self.unet = _create_student(config, self.teacher)
+        self.loss = _create_loss(config)
+        self.checkpoint = self._check_output_dir()
+        self.state = self._check_checkpoint()
+        self.accelerator = self._create_accelerator()
+        self.interrupted_by = None
+
+    def train(self, validate: Validate | None = None) -> TrainingResult:
+        """
+        Trains until `max_train_steps`, SIGINT or SIGTERM, and saves the pipeline unless interrupted.
+
+        Args:
+            validate (`Callable`, *optional*): called on the main process as (student, teacher, step) every
+                `validation_steps`, with the moving average that will be saved; what it returns is logged.
+
+        Raises:
+            TrainingStopped: after `max_skipped_steps` non-finite steps in a row, or if the pipeline cannot be saved.
+        """
+        config, accelerator = self.config, self.accelerator
+        set_seed(config.seed)
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.backends.cudnn.benchmark = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self._prepare()
+        self._start_output()
+
+        step = self.state.get("step", 0)
+        skipped = self.state.get("skipped_steps", 0)
+        skipped_in_a_row = self.state.get("skipped_in_a_row", 0)
+        seconds = self.state.get("seconds", 0.0)
+        progress = tqdm(
+            total=config.max_train_steps,
+            initial=step,
+            desc="Distilling",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        with progress, self._signals():
+            start = time.perf_counter()
+            while step < config.max_train_steps and not self._stop_requested():
+                loss, grad_norm, finite = self._step(step)
+                step += 1
+                skipped += not finite
+                skipped_in_a_row = 0 if finite else skipped_in_a_row + 1
+                if finite:
+                    for ema in self.emas.values():
+                        ema.step(self.parameters)
+                self.lr_scheduler.step()
+                learning_rate = self.optimizer.param_groups[0]["lr"]
+                progress.update()
+                progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
+
+                # only training is timed: what follows is not part of the cost of a step
+                seconds += time.perf_counter() - start
+                counters = {
+                    "step": step,
+                    "skipped_steps": skipped,
+                    "skipped_in_a_row": skipped_in_a_row,
+                    "seconds": seconds,
+                }
+                if skipped_in_a_row >= config.max_skipped_steps:
+                    raise TrainingStopped(self._explain_divergence(step, skipped_in_a_row))
+                if step % config.logging_steps == 0 or step == config.max_train_steps:
+                    figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
+                    self._log({**counters, **figures})
+                if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
+                    self._save_checkpoint(counters)
+                if validate and config.validation_steps and step % config.validation_steps == 0:
+                    if accelerator.is_main_process:
+                        with self._ema_weights() as student:
+                            figures = validate(student, self.teacher, step)
+                        accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=step)
+                    accelerator.wait_for_everyone()
+                start = time.perf_counter()
+
+            if self.interrupted_by is not None and step < config.max_train_steps:
+                self._leave(counters if step > self.state.get("step", 0) else None)
+
+        interrupted = self.interrupted_by if step < config.max_train_steps else None
+        student = self._ema_student()
+        if interrupted is None and accelerator.is_main_process:
+            try:
+                self._save_pipeline(student)
+            except WRITE_ERRORS as error:
+                raise TrainingStopped(
+                    f"the pipeline could not be saved to {self.output_dir} ({error}); make room, then run again with"
+                    " --resume_from_checkpoint latest to save it from the last checkpoint."
+                ) from error
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+        return TrainingResult(student, self.teacher, step, skipped, seconds, interrupted, accelerator.is_main_process)
+
+    # --- what is checked before training ---------------------------------------------------------------------------
+
+    def _check_output_dir(self) -> Path | None:
+        """The checkpoint to resume from, after making sure that the folder can be written and is free, or ours."""
+        resume_from, folder = self.config.resume_from_checkpoint, self.output_dir
+        checkpoint = checkpoints.find_checkpoint(resume_from, folder) if resume_from else None
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"output_dir is {str(folder)!r}, which is a file; pass a folder.")
+        if not resume_from and folder.is_dir():
+            taken = [name for name in (CONFIG_FILE, METRICS_FILE, "model_index.json") if (folder / name).exists()]
+            if taken:
+                raise InputError(
+                    f"output_dir is {str(folder)!r}, which holds another run or model ({taken[0]}); pass another"
+                    " folder, or --resume_from_checkpoint latest to continue that run."
+                )
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise InputError(f"output_dir is {str(folder)!r}, which cannot be written; pass another folder.")
+        return checkpoint
+
+    def _check_checkpoint(self) -> dict:
+        """The state in the checkpoint to resume from, after making sure that it belongs to this student."""
+        if self.checkpoint is None:
+            return {}
+        state = json.loads((self.checkpoint / checkpoints.STATE_FILE).read_text())
+        for name, mine in self._identity().items():
+            theirs = state["identity"].get(name)
+            if mine != theirs:
+                raise InputError(
+                    f"resume_from_checkpoint is {str(self.checkpoint)!r}, a run with another {name}"
+                    f" ({_first_difference(theirs, mine)}); pass the settings of that run, or start a new one in"
+                    " another output_dir."
+                )
+        return state
+
+    def _identity(self) -> dict:
+        """What a checkpoint must share with a run that continues it."""
+        shapes = {name: list(parameter.shape) for name, parameter in self.unet.named_parameters()}
+        identity = {
+            "network": {"class": type(self.unet).__name__, **shapes},
+            "trajectory function": {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")},
+            "list of ema_decays": self.config.ema_decays,
+            "optimizer": self.config.optimizer,
+        }
+        return json.loads(json.dumps(identity))
+
+    def _create_accelerator(self) -> Accelerator:
+        config = self.config
+        trackers = ["all", "none", *(str(tracker) for tracker in get_available_trackers())]
+        if config.report_to not in trackers:
+            raise InputError(
+                f"report_to is {config.report_to!r}, which is unknown or not installed; choose one of"
+                f" {', '.join(dict.fromkeys(trackers))}."
+            )
+        try:
+            return Accelerator(
+                mixed_precision=config.mixed_precision,
+                gradient_accumulation_steps=config.gradient_accumulation_steps,
+                log_with=None if config.report_to == "none" else config.report_to,
+                project_config=ProjectConfiguration(
+                    project_dir=config.output_dir, logging_dir=str(self.output_dir / config.logging_dir)
+                ),
+            )
+        except ValueError as error:  # fp16 without a GPU, bf16 on a GPU that has none
+            raise InputError(f"mixed_precision is {config.mixed_precision!r}: {error}; use no or bf16.") from error
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self):
+        config, accelerator = self.config, self.accelerator
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+        self.teacher.to(accelerator.device, dtype)
+        self.loss.to(accelerator.device)
+        if dtype != torch.float32:
+            keep_output_in_float32(self.unet)
+            keep_output_in_float32(self.teacher.unet)
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.unet.train()
+        for module in self.unet.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # the paper's table 6
+
+        self.parameters = list(self.unet.parameters())
+        options = {
+            "lr": config.learning_rate,
+            "betas": (config.adam_beta1, config.adam_beta2),
+            "eps": config.adam_epsilon,
+            "weight_decay": config.adam_weight_decay,
+        }
+        create = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.AdamW
+        unet, self.optimizer = accelerator.prepare(self.unet, create(self.parameters, **options))
+        if config.torch_compile:
+            unet.compile()
+            self.teacher.unet.compile()
+        self.student = TrajectoryModel(unet, self.scheduler)
+        # Not prepared: accelerate would advance it once a process, and not at all in a skipped step.
+        self.lr_scheduler = get_scheduler(
+            config.lr_scheduler,
+            self.optimizer.optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+        )
+        # `min_decay`, since EMAModel begins with a decay of its own choice otherwise
+        self.emas = {
+            decay: EMAModel(self.parameters, decay=decay, min_decay=decay, foreach=True) for decay in config.ema_decays
+        }
+        if self.checkpoint is not None:
+            self._load_checkpoint()
+
+    def _step(self, step: int) -> tuple[float, float, bool]:
+        """One optimizer step: the mean loss over all processes, the gradient's norm, and whether it was taken."""
+        config, accelerator = self.config, self.accelerator
+        losses = []
+        for micro_step in range(config.gradient_accumulation_steps):
+            key = (config.seed, accelerator.process_index, step, micro_step)
+            shape = (config.train_batch_size, *self.teacher.sample_shape)
+            z, indices, generator = draw_batch(
+                shape, self.scheduler.config.sigma_max, config.num_train_timesteps, key, accelerator.device
+            )
+            condition = self.teacher.draw_condition(config.train_batch_size, generator)
+            condition = {name: value.to(accelerator.device) for name, value in condition.items()}
+            with accelerator.accumulate(self.student.unet):
+                loss = self.loss(self.student, self.teacher, z, indices, **condition).mean()
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if accelerator.sync_gradients:
+                    max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
+                    grad_norm = accelerator.clip_grad_norm_(self.parameters, max_norm)
+        loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
+        # The same decision everywhere: the gradient is already averaged over the processes.
+        finite = math.isfinite(loss) and bool(torch.isfinite(grad_norm))
+        if finite or accelerator.scaler is not None:
+            self.optimizer.step()  # with a scaler, also what lowers a scale that overflowed
+            finite = finite and not accelerator.optimizer_step_was_skipped
+        self.optimizer.zero_grad()
+        return loss, grad_norm.item(), finite
+
+    def _explain_divergence(self, step: int, skipped: int) -> str:
+        found = checkpoints.list_checkpoints(self.output_dir)
+        last = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+        return (
+            f"loss or gradient were not finite in {skipped} steps in a row, up to step {step}; {last}; try a lower"
+            " --learning_rate, --max_grad_norm 1, or another --mixed_precision."
+        )
+
+    # --- moving averages ---------------------------------------------------------------------------------------------
+
+    @property
+    def _saved_ema(self) -> EMAModel:
+        decay = self.config.save_ema_decay
+        return self.emas[self.config.ema_decays[-1] if decay is None else decay]
+
+    @contextlib.contextmanager
+    def _ema_weights(self) -> Iterator[TrajectoryModel]:
+        """The student with the moving average that is saved; afterwards the trained weights are back."""
+        ema = self._saved_ema
+        ema.store(self.parameters)
+        ema.copy_to(self.parameters)
+        self.unet.eval()
+        try:
+            yield TrajectoryModel(self.unet, self.scheduler)
+        finally:
+            self.unet.train()
+            ema.restore(self.parameters)
+
+    def _ema_student(self) -> TrajectoryModel:
+        """A student of its own with the moving average, without accelerate's wrappers."""
+        unet = type(self.unet).from_config(self.unet.config)
+        unet.load_state_dict(self.unet.state_dict())
+        unet.to(self.accelerator.device).eval().requires_grad_(False)
+        self._saved_ema.copy_to(unet.parameters())
+        return TrajectoryModel(unet, self.scheduler)
+
+    # --- what is written ---------------------------------------------------------------------------------------------
+
+    def _start_output(self):
+        """Makes the folder ready: no leftovers, the configuration, the metrics cut back to the checkpoint."""
+        step = self.state.get("step", 0)
+        if self.accelerator.is_main_process:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoints.remove_partial(self.output_dir)
+            settings = {**self.config.to_dict(), "versions": _versions()}
+            (self.output_dir / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            metrics = self.output_dir / METRICS_FILE
+            if metrics.exists():
+                lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+                partial = metrics.with_name(f".{METRICS_FILE}.partial")
+                partial.write_text("".join(line + "\n" for line in lines))
+                os.replace(partial, metrics)
+        self.accelerator.wait_for_everyone()
+        flat = {name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)}
+        self.accelerator.init_trackers("pid_diffusers", config=flat)
+
+    def _log(self, figures: dict[str, float]):
+        self.accelerator.log(figures, step=figures["step"])
+        if not self.accelerator.is_main_process:
+            return
+        try:
+            with open(self.output_dir / METRICS_FILE, "a") as file:
+                file.write(json.dumps(figures) + "\n")
+        except OSError as error:
+            logger.warning(f"step {figures['step']} is missing in {METRICS_FILE}: {error}")
+
+    def _save_checkpoint(self, counters: dict) -> Path | None:
+        """Writes a checkpoint and returns its path, or warns, removes the attempt, and returns `None`."""
+        accelerator, step = self.accelerator, counters["step"]
+        final = checkpoints.checkpoint_path(self.output_dir, step)
+        partial = checkpoints.partial_path(self.output_dir, step)
+        try:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            accelerator.wait_for_everyone()
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                names = [name for name, _ in self.unet.named_parameters()]
+                averages = {}
+                for decay, ema in self.emas.items():
+                    averages[str(decay)] = ema.optimization_step
+                    save_file(dict(zip(names, ema.shadow_params, strict=True)), partial / _ema_file(decay))
+                state = {**counters, "ema_steps": averages, "identity": self._identity()}
+                checkpoints.finish(partial, final, state)
+                checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
+        except WRITE_ERRORS as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            logger.warning(f"the checkpoint of step {step} could not be written to {self.output_dir}: {error}")
+            final = None
+        accelerator.wait_for_everyone()
+        return final
+
+    def _load_checkpoint(self):
+        self.accelerator.load_state(str(self.checkpoint))
+        self.lr_scheduler.last_epoch = self.state["step"]
+        for decay, ema in self.emas.items():
+            shadow = load_file(self.checkpoint / _ema_file(decay), device=str(self.accelerator.device))
+            for (name, _), parameter in zip(self.unet.named_parameters(), ema.shadow_params, strict=True):
+                parameter.copy_(shadow[name])
+            ema.optimization_step = self.state["ema_steps"][str(decay)]
+
+    def _save_pipeline(self, student: TrajectoryModel):
+        """Saves beside the place and moves in, `model_index.json` last: what was there stays whole until then."""
+        partial = self.output_dir / ".pipeline.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        OneStepPIDPipeline(student.unet, student.scheduler).save_pretrained(partial)
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
+            checkpoints.replace(path, self.output_dir / path.name)
+        partial.rmdir()
+
+    # --- signals -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end training after the step under way; the second one ends it at once."""
+
+        def request_stop(number, frame):
+            self.interrupted_by = number
+            signal.signal(number, previous[number])
+
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in previous:
+            signal.signal(number, request_stop)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _stop_requested(self) -> bool:
+        if self.accelerator.num_processes > 1:  # all stop at the same step
+            flag = torch.tensor(self.interrupted_by or 0, device=self.accelerator.device)
+            self.interrupted_by = int(self.accelerator.gather(flag).max()) or None
+        return self.interrupted_by is not None
+
+    def _leave(self, counters: dict | None):
+        name = signal.Signals(self.interrupted_by).name
+        if counters is None:
+            self.accelerator.print(f"{name}: stopped before the first step; nothing to save.")
+            return
+        path = checkpoints.checkpoint_path(self.output_dir, counters["step"])
+        if checkpoints.missing_files(path):
+            path = self._save_checkpoint(counters)
+        if path is not None:
+            self.accelerator.print(
+                f"{name}: stopped after step {counters['step']}, checkpoint in {path}; continue with"
+                " --resume_from_checkpoint latest."
+            )
+
+
+def _create_scheduler(config: TrainingConfig, teacher: Denoiser) -> PIDScheduler:
+    settings = {"num_train_timesteps": config.num_train_timesteps, "rho": config.rho, **teacher.trajectory_config}
+    for name in ("sigma_min", "sigma_max", "sigma_data", "prediction_type"):
+        if getattr(config, name) is not None:
+            settings[name] = getattr(config, name)
+    try:
+        return PIDScheduler(**settings)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _create_student(config: TrainingConfig, teacher: Denoiser) -> nn.Module:
+    if config.student_config is None:
+        return copy.deepcopy(teacher.unet).float().requires_grad_(True)
+    path = Path(config.student_config)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"student_config is {config.student_config!r}, which cannot be read as JSON ({error.__class__.__name__});"
+            " pass a UNet's config.json."
+        ) from error
+    name = settings.get("_class_name", type(teacher.unet).__name__)
+    cls = type(teacher.unet) if name == type(teacher.unet).__name__ else getattr(diffusers, name, None)
+    if cls is None or not issubclass(cls, nn.Module):
+        raise InputError(f"student_config is {config.student_config!r}, whose _class_name, {name}, is no model class.")
+    # What goes in and out is the teacher's: a student answers to the same images and conditions.
+    shared = {k: teacher.unet.config[k] for k in ("sample_size", "in_channels", "out_channels", "num_class_embeds")}
+    for key, value in shared.items():
+        if settings.setdefault(key, value) != value:
+            raise InputError(f"student_config sets {key} to {settings[key]!r}; the teacher's is {value!r}, use that.")
+    torch.manual_seed(config.seed)
+    try:
+        return cls.from_config(settings)
+    except Exception as error:
+        raise InputError(
+            f"student_config is {config.student_config!r}, from which no {name} can be built: {error}"
+        ) from error
+
+
+def _create_loss(config: TrainingConfig) -> PIDLoss:
+    options = {"pseudo_huber": {"c": config.huber_c}, "lpips": {"vgg_weights": config.lpips_vgg_weights}}
+    distance = get_distance(config.distance, **options.get(config.distance, {}))
+    return PIDLoss(scheme=config.scheme, distance=distance, split_batch=config.split_batch)
+
+
+def _ema_file(decay: float) -> str:
+    return f"ema-{decay}.safetensors"
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a killed run may be cut short
+        return math.inf
+
+
+def _first_difference(theirs, mine) -> str:
+    if not isinstance(theirs, dict) or not isinstance(mine, dict):
+        return f"{theirs} there, {mine} here"
+    key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))
+    return f"{key} is {theirs.get(key)} there, {mine.get(key)} here"
+
+
+def _versions() -> dict[str, str]:
+    import accelerate
+
+    return {"torch": str(torch.__version__), "diffusers": diffusers.__version__, "accelerate": accelerate.__version__}

@@ -1,0 +1,3 @@
+from .pipeline_one_step_pid import OneStepPIDPipeline
+
+__all__ = ["OneStepPIDPipeline"]

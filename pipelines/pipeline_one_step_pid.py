@@ -1,0 +1,217 @@
+"""Images from one network call, and any other point of the trajectory, with a distilled UNet.
+
+This file imports nothing but diffusers and torch, so that it can travel with a checkpoint.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class OneStepPIDPipeline(DiffusionPipeline):
+    r"""
+    Pixel-space images, unconditional or class-conditional, from a student of Physics Informed Distillation.
+
+    From noise z = T · `latents` one network call gives x_θ(z, ε), the image, or x_θ(z, σ) at any other noise level.
+
+    Args:
+        unet ([`UNet2DModel`]): the distilled network F_θ.
+        scheduler ([`PIDScheduler`]): makes the trajectory function x_θ(z, σ) of it.
+
+    Example:
+
+        >>> import pid_diffusers
+        >>> from diffusers import DiffusionPipeline
+        >>> pipe = DiffusionPipeline.from_pretrained("pid-digits")
+        >>> images = pipe(class_labels=[3, 1, 4]).images
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+
+    def check_inputs(
+        self,
+        batch_size: int | None,
+        class_labels: torch.Tensor | list[int] | int | None,
+        num_inference_steps: int | None,
+        sigmas: list[float] | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ) -> tuple[int, torch.Tensor | None]:
+        """The batch size, and the class labels as a tensor of that length or `None`.
+
+        Raises:
+            ValueError: if an argument is out of range, or the lengths do not fit together.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {sorted(unknown)}; choose from"
+                f" {self._callback_tensor_inputs}."
+            )
+        if sigmas is not None and num_inference_steps not in (None, 1):
+            raise ValueError("num_inference_steps and sigmas were both passed; pass one of them.")
+
+        num_classes = self.unet.config.num_class_embeds
+        if class_labels is not None:
+            if num_classes is None:
+                raise ValueError("class_labels was passed, but this model is unconditional; leave it out.")
+            class_labels = torch.as_tensor(class_labels)
+            if class_labels.ndim > 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
+                raise ValueError(
+                    f"class_labels has shape {tuple(class_labels.shape)} and type {class_labels.dtype}; pass an"
+                    " integer or a list of integers."
+                )
+            if bool(((class_labels < 0) | (class_labels >= num_classes)).any()):
+                raise ValueError(
+                    f"class_labels is {class_labels.tolist()}; this model knows the classes 0 to {num_classes - 1}."
+                )
+        lengths = {
+            "batch_size": batch_size,
+            "class_labels": len(class_labels) if class_labels is not None and class_labels.ndim == 1 else None,
+            "latents": None if latents is None else latents.shape[0],
+            "generator": len(generator) if isinstance(generator, list) else None,
+        }
+        lengths = {name: length for name, length in lengths.items() if length is not None}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                "every image needs one of each, but "
+                + ", ".join(f"{name} means {length}" for name, length in lengths.items())
+                + " images; pass arguments of the same length."
+            )
+        batch_size = next(iter(lengths.values()), 1)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; pass at least 1.")
+        if latents is not None and tuple(latents.shape) != self._latents_shape(batch_size):
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; this model needs {self._latents_shape(batch_size)}."
+            )
+        return batch_size, None if class_labels is None else class_labels.expand(batch_size)
+
+    def _latents_shape(self, batch_size: int) -> tuple[int, ...]:
+        size = self.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, self.unet.config.in_channels, height, width
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int | None = None,
+        class_labels: torch.Tensor | list[int] | int | None = None,
+        num_inference_steps: int | None = None,
+        sigmas: list[float] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 - as in diffusers
+    ) -> ImagePipelineOutput | tuple:
+        r"""
+        Args:
+            batch_size (`int`, *optional*): how many images; by default as many as there are labels, latents or
+                generators, else 1.
+            class_labels (`torch.Tensor`, `list[int]` or `int`, *optional*): the class of each image, or one for all.
+                A class-conditional model that is told none draws them from `generator`, after the noise.
+            num_inference_steps (`int`, *optional*, defaults to 1): 1 is all that an image needs. A larger n visits n
+                points of the trajectory, for callbacks; the image is that of the last, the same as with 1.
+            sigmas (`list[float]`, *optional*): the trajectory: x_θ(z, σ) for each of these noise levels in [0, T],
+                from the same z. Then `images` holds image b at `sigmas[i]` at index `b * len(sigmas) + i`.
+            generator (`torch.Generator` or a list of one an image, *optional*): makes the result repeatable.
+            latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): noise of unit variance, instead of drawn.
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1], or
+                `"latent"`: x_θ as it is, a tensor in the units of the training data, [−1, 1] and the noise.
+            return_dict (`bool`, defaults to `True`): an [`ImagePipelineOutput`] instead of a tuple.
+            callback_on_step_end (`Callable`, *optional*): called as `(pipe, step, timestep, callback_kwargs)` after
+                every network call; may return a changed `latents`, the point of the trajectory just computed.
+            callback_on_step_end_tensor_inputs (`list[str]`): what it is given: `"latents"`.
+
+        Returns:
+            [`ImagePipelineOutput`] or `tuple`: the images, first element of the tuple.
+
+        Raises:
+            ValueError: if an argument is out of range, or the lengths do not fit together.
+        """
+        # 1. Check inputs
+        batch_size, class_labels = self.check_inputs(
+            batch_size,
+            class_labels,
+            num_inference_steps,
+            sigmas,
+            generator,
+            latents,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        device = self._execution_device
+
+        # 2. Noise: z = T · latents, in float32 whatever the network runs in
+        if latents is None:
+            shape = self._latents_shape(batch_size)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        start = latents.to(device=device, dtype=torch.promote_types(latents.dtype, torch.float32))
+        start = start * self.scheduler.init_noise_sigma
+
+        # 3. Condition
+        condition = {}
+        if self.unet.config.num_class_embeds is not None:
+            if class_labels is None:
+                class_labels = self._draw_class_labels(batch_size, generator)
+            condition["class_labels"] = class_labels.to(device)
+
+        # 4. Noise levels
+        if sigmas is not None:
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+
+        # 5. One network call a noise level, each from the start
+        points = []
+        sample = self.scheduler.scale_model_input(start).to(self.unet.dtype)
+        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+            for i, t in enumerate(self.scheduler.timesteps):
+                model_output = self.unet(sample, t, **condition, return_dict=False)[0]
+                latents = self.scheduler.step(model_output, t, start, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for name in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[name] = locals()[name]
+                    outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    latents = outputs.pop("latents", latents)
+                points.append(latents)
+                progress_bar.update()
+
+        # 6. Images
+        if sigmas is not None:
+            latents = torch.stack(points, dim=1).flatten(0, 1)
+        images = self.image_processor.postprocess(latents, output_type=output_type)
+
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images,)
+        return ImagePipelineOutput(images=images)
+
+    def _draw_class_labels(
+        self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
+    ) -> torch.Tensor:
+        num_classes = self.unet.config.num_class_embeds
+        if not isinstance(generator, list):
+            device = None if generator is None else generator.device
+            return torch.randint(num_classes, (batch_size,), generator=generator, device=device)
+        return torch.cat([torch.randint(num_classes, (1,), generator=g, device=g.device).cpu() for g in generator])

@@ -1,0 +1,47 @@
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="pid_diffusers",
+    version="0.1.0",
+    description="Physics Informed Distillation for diffusers: one-step students of diffusion models.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "pid_diffusers",
+        "pid_diffusers.denoisers",
+        "pid_diffusers.evaluation",
+        "pid_diffusers.losses",
+        "pid_diffusers.pipelines",
+        "pid_diffusers.schedulers",
+        "pid_diffusers.training",
+    ],
+    package_dir={"pid_diffusers.pipelines": "pipelines"},
+    package_data={
+        "pid_diffusers": ["presets/*.yaml", "assets/digits-teacher/*.json", "assets/digits-teacher/*/*"],
+    },
+    install_requires=[
+        "torch>=2.4",
+        # loading relies on how diffusers finds classes outside its own package
+        "diffusers>=0.42,<0.43",
+        "transformers>=4.45",
+        "accelerate>=1.1",
+        "datasets>=3.0",
+        "huggingface_hub>=0.30",
+        "peft>=0.13",
+        "lpips>=0.1.4",
+        "safetensors>=0.4",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pyyaml>=6.0",
+        "scikit-learn>=1.4",
+        "tensorboard>=2.16",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "test": ["pytest>=8.0", "parameterized>=0.9", "requests-mock>=1.12", "ruff>=0.14"],
+    },
+)
