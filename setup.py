@@ -36,6 +36,7 @@ setup(
         "safetensors>=0.4",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "scikit-learn>=1.4",
         "tensorboard>=2.16",

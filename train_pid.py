@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from diffusers.utils.logging import disable_progress_bar
+
 from pid_diffusers import InputError
 from pid_diffusers.evaluation.report import RunReport
 from pid_diffusers.training import Trainer, TrainingStopped, parse_config
@@ -11,6 +13,7 @@ from pid_diffusers.training.launch import adapt_to_launcher
 
 def main() -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    disable_progress_bar()  # diffusers' own, for loading; training has one
     try:
         config = parse_config()
         adapt_to_launcher()
@@ -20,7 +23,12 @@ def main() -> int:
         if result.interrupted_by is not None:
             return 128 + result.interrupted_by
         if result.is_main_process:
-            print(report.finish(result))
+            try:
+                print(report.finish(result))
+            except OSError as error:
+                raise TrainingStopped(
+                    f"the pipeline is saved in {config.output_dir}, its report not: {error}."
+                ) from error
     except (InputError, TrainingStopped) as error:
         print(f"train_pid.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

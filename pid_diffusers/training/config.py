@@ -178,17 +178,17 @@ def parse_config(args: list[str] | None = None) -> TrainingConfig:
     """
     args = sys.argv[1:] if args is None else args
     parser = _Parser(TrainingConfig, allow_abbrev=False, description="Distils a diffusion model to one step with PID.")
-    preset = parser.parse_args_into_dataclasses(args)[0].preset
+    preset = parser.parse_args(args).preset
     settings = load_preset(preset)
     from_preset = []
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
         from_preset += [f"--{name}", *map(str, values)] if value is not None else []
     try:
-        parser.parse_args_into_dataclasses(from_preset)
+        parser.parse_args(from_preset)
     except InputError as error:
         raise InputError(f"preset {preset!r}: {error}") from error
-    return parser.parse_args_into_dataclasses([*from_preset, *args])[0].validate()
+    return TrainingConfig(**vars(parser.parse_args([*from_preset, *args]))).validate()
 
 
 def load_preset(name: str) -> dict:

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -13,31 +14,28 @@ def adapt_to_launcher():
     Gives a lone CPU process its cores back, and lets it end in order when its launcher is ended.
 
     `accelerate launch` sets OMP_NUM_THREADS to 1 on a machine without a GPU unless it is told a number, and does not
-    pass SIGTERM on to the one process that it starts.
+    pass SIGTERM on to the one process that it starts. A number of threads that the user gave is respected.
     """
-    launcher = _launcher()
-    if launcher is None:
+    try:
+        launcher = psutil.Process().parent()
+        arguments, environment = launcher.cmdline(), launcher.environ()
+    except (psutil.Error, AttributeError):
         return
-    arguments, environment = launcher
-    told = "OMP_NUM_THREADS" in environment or any("num_cpu_threads_per_process" in a for a in arguments)
-    told = told or any("num-cpu-threads-per-process" in a for a in arguments)
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    # `accelerate launch` or `python -m accelerate.commands.launch`, perhaps behind an interpreter
+    if not alone or not any(Path(argument).name.split(".")[0] == "accelerate" for argument in arguments[:3]):
+        return
+    told = "OMP_NUM_THREADS" in environment or any(
+        argument.replace("-", "_").startswith("__num_cpu_threads_per_process") for argument in arguments
+    )
     if not told and not torch.cuda.is_available():
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    try:
-        pr_set_pdeathsig = 1
+        torch.set_num_threads(_usable_cores())
+    if os.uname().sysname == "Linux":
+        pr_set_pdeathsig = 1  # have the kernel send a signal when the parent ends
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-    except (OSError, AttributeError):
-        pass
 
 
-def _launcher() -> tuple[list[str], set[str]] | None:
-    """Arguments and names of environment variables of the parent process, if it is `accelerate launch` on Linux."""
-    process = Path(f"/proc/{os.getppid()}")
-    try:
-        arguments = process.joinpath("cmdline").read_text(errors="replace").split("\0")
-        environment = process.joinpath("environ").read_text(errors="replace").split("\0")
-    except OSError:
-        return None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not any("accelerate" in Path(a).name for a in arguments[:2]):
-        return None
-    return arguments, {variable.partition("=")[0] for variable in environment}
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return psutil.cpu_count(logical=False) or 1

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -131,6 +132,8 @@ class Trainer:
         self._prepare()
         self._start_output()
 
+        accelerator.print(self._describe())
+
         step = self.state.get("step", 0)
         skipped = self.state.get("skipped_steps", 0)
         skipped_in_a_row = self.state.get("skipped_in_a_row", 0)
@@ -174,9 +177,7 @@ class Trainer:
                     self._save_checkpoint(counters)
                 if validate and config.validation_steps and step % config.validation_steps == 0:
                     if accelerator.is_main_process:
-                        with self._ema_weights() as student:
-                            figures = validate(student, self.teacher, step)
-                        accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=step)
+                        self._validate(validate, step)
                     accelerator.wait_for_everyone()
                 start = time.perf_counter()
 
@@ -197,6 +198,26 @@ class Trainer:
         accelerator.end_training()
         return TrainingResult(student, self.teacher, step, skipped, seconds, interrupted, accelerator.is_main_process)
 
+    def _describe(self) -> str:
+        config, settings = self.config, self.scheduler.config
+        millions = sum(p.numel() for p in self.parameters) / 1e6
+        device = self.accelerator.device
+        return (
+            f"Teacher {config.teacher}: {type(self.teacher).__name__}, {self.teacher.sample_shape}, noise levels"
+            f" {settings.sigma_max:g} to {settings.sigma_min:g}.\n"
+            f"Student: {millions:.2f} M parameters, head {settings.prediction_type},"
+            f" {'a copy of the teacher' if config.student_config is None else 'random weights'}.\n"
+            f"Loss: {config.scheme}, {config.distance}, N = {settings.num_train_timesteps}. On {device}"
+            + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+            + f", {self.accelerator.num_processes} process(es), precision {self.accelerator.mixed_precision}."
+            + (f"\nContinuing from {self.checkpoint}." if self.checkpoint else "")
+            + (
+                "\nNo checkpoint yet: starting at step 0."
+                if config.resume_from_checkpoint and not self.checkpoint
+                else ""
+            )
+        )
+
     # --- what is checked before training ---------------------------------------------------------------------------
 
     def _check_output_dir(self) -> Path | None:
@@ -205,16 +226,23 @@ class Trainer:
         checkpoint = checkpoints.find_checkpoint(resume_from, folder) if resume_from else None
         if folder.exists() and not folder.is_dir():
             raise InputError(f"output_dir is {str(folder)!r}, which is a file; pass a folder.")
-        if not resume_from and folder.is_dir():
-            taken = [name for name in (CONFIG_FILE, METRICS_FILE, "model_index.json") if (folder / name).exists()]
-            if taken:
-                raise InputError(
-                    f"output_dir is {str(folder)!r}, which holds another run or model ({taken[0]}); pass another"
-                    " folder, or --resume_from_checkpoint latest to continue that run."
-                )
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"output_dir is {str(folder)!r}, which cannot be written; pass another folder.")
+        taken = [name for name in (CONFIG_FILE, METRICS_FILE, "model_index.json") if (folder / name).exists()]
+        if taken and (not resume_from or checkpoint and checkpoint.resolve().parent != folder.resolve()):
+            raise InputError(
+                f"output_dir is {str(folder)!r}, which holds another run or model ({taken[0]}); pass another folder,"
+                " or --resume_from_checkpoint latest to continue that run."
+            )
+        if checkpoint is None and "model_index.json" in taken:
+            raise InputError(
+                f"output_dir is {str(folder)!r}, which holds a finished model but no checkpoint to resume from; pass"
+                " another folder."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(b"is there room?")
+        except OSError as error:
+            raise InputError(f"output_dir is {str(folder)!r}, which cannot be written ({error}).") from error
         return checkpoint
 
     def _check_checkpoint(self) -> dict:
@@ -268,11 +296,11 @@ class Trainer:
     def _prepare(self):
         config, accelerator = self.config, self.accelerator
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        self.teacher.to(accelerator.device, dtype)
+        self.teacher.to(accelerator.device)
         self.loss.to(accelerator.device)
         if dtype != torch.float32:
             keep_output_in_float32(self.unet)
-            keep_output_in_float32(self.teacher.unet)
+            keep_output_in_float32(self.teacher.unet, body_dtype=dtype)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
@@ -300,9 +328,10 @@ class Trainer:
             num_warmup_steps=config.lr_warmup_steps,
             num_training_steps=config.max_train_steps,
         )
-        # `min_decay`, since EMAModel begins with a decay of its own choice otherwise
+        # EMAModel begins with decays of its own choice below `min_decay`, and with 0 at `update_after_step` + 1.
         self.emas = {
-            decay: EMAModel(self.parameters, decay=decay, min_decay=decay, foreach=True) for decay in config.ema_decays
+            decay: EMAModel(self.parameters, decay=decay, min_decay=decay, update_after_step=-1, foreach=True)
+            for decay in config.ema_decays
         }
         if self.checkpoint is not None:
             self._load_checkpoint()
@@ -342,6 +371,14 @@ class Trainer:
             f"loss or gradient were not finite in {skipped} steps in a row, up to step {step}; {last}; try a lower"
             " --learning_rate, --max_grad_norm 1, or another --mixed_precision."
         )
+
+    def _validate(self, validate: Validate, step: int):
+        try:
+            with self._ema_weights() as student:
+                figures = validate(student, self.teacher, step)
+            self.accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=step)
+        except OSError as error:
+            logger.warning(f"the validation of step {step} could not be written: {error}")
 
     # --- moving averages ---------------------------------------------------------------------------------------------
 
@@ -392,10 +429,10 @@ class Trainer:
         self.accelerator.init_trackers("pid_diffusers", config=flat)
 
     def _log(self, figures: dict[str, float]):
-        self.accelerator.log(figures, step=figures["step"])
         if not self.accelerator.is_main_process:
             return
         try:
+            self.accelerator.log(figures, step=figures["step"])
             with open(self.output_dir / METRICS_FILE, "a") as file:
                 file.write(json.dumps(figures) + "\n")
         except OSError as error:

@@ -1,0 +1,101 @@
+import dataclasses
+
+import pytest
+import yaml
+
+from pid_diffusers import InputError
+from pid_diffusers.training import TrainingConfig, parse_config
+from pid_diffusers.training.config import PRESETS
+
+
+def test_without_arguments_the_digits_are_distilled():
+    config = parse_config([])
+    assert (config.preset, config.teacher, config.output_dir) == ("digits", "digits", "pid-digits")
+
+
+def test_flags_override_the_preset_which_overrides_the_defaults(tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("teacher: digits\nlearning_rate: 3e-4\nmax_train_steps: 7\nema_decays: [0.5, 0.25]\nrho: null\n")
+    config = parse_config(["--preset", str(preset), "--max_train_steps", "8"])
+    assert config.learning_rate == 3e-4  # YAML itself reads 3e-4 as a string
+    assert config.max_train_steps == 8
+    assert config.ema_decays == [0.5, 0.25]
+    assert config.train_batch_size == TrainingConfig().train_batch_size
+    assert config.rho == TrainingConfig().rho
+
+
+def test_booleans_are_flags_and_can_be_turned_off():
+    assert parse_config(["--gradient_checkpointing"]).gradient_checkpointing is True
+    assert parse_config(["--deterministic", "false"]).deterministic is False
+
+
+@pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_valid(path):
+    settings = yaml.safe_load(path.read_text())
+    config = parse_config(["--preset", path.stem, "--teacher", "digits"])
+    for name, value in settings.items():
+        if name != "teacher":
+            assert getattr(config, name) == value
+
+
+def test_the_paper_presets_carry_table_6():
+    cifar10, imagenet64 = (parse_config(["--preset", name, "--teacher", "x"]) for name in ("cifar10", "imagenet64"))
+    for config in (cifar10, imagenet64):
+        assert (config.optimizer, config.adam_weight_decay, config.lr_scheduler) == ("radam", 0.0, "constant")
+        assert (config.num_train_timesteps, config.prediction_type) == (250, "sample")
+        assert (config.scheme, config.distance, config.lr_warmup_steps) == ("upwind", "lpips", 0)
+        assert config.ema_decays == [0.999, 0.9999, 0.99995]
+        assert config.save_ema_decay == 0.99995
+    assert (cifar10.learning_rate, imagenet64.learning_rate) == (2e-4, 1e-4)
+    assert (cifar10.max_train_steps, imagenet64.max_train_steps) == (800_000, 400_000)
+    assert cifar10.train_batch_size * cifar10.gradient_accumulation_steps * 8 == 512
+    assert imagenet64.train_batch_size * imagenet64.gradient_accumulation_steps * 32 == 2048
+    assert (cifar10.mixed_precision, imagenet64.mixed_precision) == ("no", "fp16")
+    assert cifar10.max_grad_norm is None
+    assert imagenet64.max_grad_norm is not None
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--preset", "digit"], "preset is 'digit', which is no file; .*cifar10, digits, imagenet64"),
+        (["--preset", "cifar10"], "teacher is None; pass --teacher"),
+        (["--learning_rat", "1"], "--learning_rat is no flag; did you mean '--learning_rate'"),
+        (["--learning_rat=1"], "--learning_rat is no flag; did you mean '--learning_rate'"),
+        (["--train_batch_size", "many"], "--train_batch_size.*: invalid int value: 'many'"),
+        (["--train_batch_size", "-1"], "train_batch_size is -1; pass at least 1"),
+        (["--lr_scheduler", "piecewise_constant"], "lr_scheduler is 'piecewise_constant'"),
+        (["--ema_decays", "0.9", "1.0"], r"ema_decays is \[0.9, 1.0\]"),
+        (["--save_ema_decay", "0.7"], r"save_ema_decay is 0.7; it must be one of ema_decays"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--scheme", "central", "--num_train_timesteps", "2"], "num_train_timesteps is 2; the central scheme"),
+        (["--learning_rate", "nan"], "learning_rate is nan"),
+    ],
+)
+def test_bad_flags_are_answered_in_one_sentence(args, message):
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config(args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rte: 1", "has the key 'learning_rte', which is no setting; did you mean 'learning_rate'"),
+        ("- 1", "holds a list"),
+        ("a: [", "is not YAML"),
+        ("train_batch_size: [1, 2]", "sets train_batch_size to .1, 2.; it takes a single value"),
+        ("ema_decays: 0.9", "sets ema_decays to 0.9; it takes a list"),
+        ("max_train_steps: soon", "preset .*invalid int value: 'soon'"),
+    ],
+)
+def test_bad_presets_are_answered_in_one_sentence(tmp_path, text, message):
+    preset = tmp_path / "bad.yaml"
+    preset.write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        parse_config(["--preset", str(preset)])
+    assert "\n" not in str(caught.value)
+
+
+def test_every_setting_has_a_help_text():
+    assert all(field.metadata["help"] for field in dataclasses.fields(TrainingConfig))
