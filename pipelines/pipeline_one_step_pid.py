@@ -108,6 +108,11 @@ class OneStepPIDPipeline(DiffusionPipeline):
         height, width = (size, size) if isinstance(size, int) else size
         return batch_size, self.unet.config.in_channels, height, width
 
+    @property
+    def num_timesteps(self) -> int:
+        """How many noise levels the call under way visits, as callbacks of diffusers read it."""
+        return self._num_timesteps
+
     @torch.no_grad()
     def __call__(
         self,
@@ -179,11 +184,12 @@ class OneStepPIDPipeline(DiffusionPipeline):
             self.scheduler.set_timesteps(sigmas=sigmas, device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
 
         # 5. One network call a noise level, each from the start
         points = []
         sample = self.scheduler.scale_model_input(start).to(self.unet.dtype)
-        with self.progress_bar(total=len(self.scheduler.timesteps)) as progress_bar:
+        with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
                 model_output = self.unet(sample, t, **condition, return_dict=False)[0]
                 latents = self.scheduler.step(model_output, t, start, return_dict=False)[0]

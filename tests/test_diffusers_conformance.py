@@ -1,0 +1,139 @@
+"""diffusers' own conformance suites, run on the scheduler and the pipeline.
+
+The suites are in diffusers' repository but not in its package. Set `DIFFUSERS_SRC` to a checkout, of a version as near
+to the installed one as can be had, and its tests run against the installed package:
+
+    DIFFUSERS_SRC=~/diffusers python -m pytest tests/test_diffusers_conformance.py
+"""
+
+import importlib.util
+import os
+import sys
+import unittest
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from pid_diffusers import OneStepPIDPipeline, PIDScheduler
+
+DIFFUSERS_SRC = os.environ.get("DIFFUSERS_SRC")
+if not DIFFUSERS_SRC:
+    pytest.skip("DIFFUSERS_SRC is not set to a checkout of diffusers", allow_module_level=True)
+
+PACKAGE = "diffusers_conformance"
+
+
+def load_suites() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The modules of the scheduler tests, the pipeline tests and the pipelines' parameters in the checkout's `tests`.
+
+    That folder becomes a package of another name: its modules import each other relatively, and `tests` is anybody's.
+    """
+    folder = Path(DIFFUSERS_SRC).expanduser() / "tests"
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[PACKAGE])
+    pytest.register_assert_rewrite(f"{PACKAGE}.schedulers", f"{PACKAGE}.pipelines")
+    # The model tests that come along call this when imported, and it would slow down every other test of this process.
+    importlib.import_module(f"{PACKAGE}.testing_utils").enable_full_determinism = lambda: None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # theirs are registered in their conftest
+        return (
+            importlib.import_module(f"{PACKAGE}.schedulers.test_schedulers"),
+            importlib.import_module(f"{PACKAGE}.pipelines.test_pipelines_common"),
+            importlib.import_module(f"{PACKAGE}.pipelines.pipeline_params"),
+        )
+
+
+# The suites' classes stay in their modules: pytest would collect them here.
+schedulers, pipelines, pipeline_params = load_suites()
+
+
+class PIDSchedulerTests(schedulers.SchedulerCommonTest):
+    scheduler_classes = (PIDScheduler,)
+    forward_default_kwargs = (("num_inference_steps", 10),)
+
+    def get_scheduler_config(self, **kwargs):
+        return {"num_train_timesteps": 250, "sigma_min": 0.002, "sigma_max": 80.0, **kwargs}
+
+    @unittest.skip("PIDScheduler's noise levels are EDM's grid; it has no betas.")
+    def test_trained_betas(self):
+        pass
+
+    def test_num_train_timesteps(self):
+        for num_train_timesteps in [10, 50, 250, 1000]:
+            self.check_over_configs(num_train_timesteps=num_train_timesteps)
+
+    def test_noise_levels(self):
+        for sigma_min, sigma_max in [(0.002, 80.0), (0.03, 14.6146), (0.01, 157.4)]:
+            self.check_over_configs(sigma_min=sigma_min, sigma_max=sigma_max)
+
+    def test_prediction_type(self):
+        for prediction_type in ["sample", "edm", "epsilon", "v_prediction"]:
+            self.check_over_configs(prediction_type=prediction_type)
+
+    def test_timestep_type(self):
+        for timestep_type in ["edm", "edm_scaled"]:
+            self.check_over_configs(timestep_type=timestep_type)
+
+    def test_inference_steps(self):
+        for num_inference_steps in [1, 10, 50]:
+            self.check_over_forward(num_inference_steps=num_inference_steps)
+
+
+class OneStepPIDPipelineTests(pipelines.PipelineTesterMixin, unittest.TestCase):
+    pipeline_class = OneStepPIDPipeline
+    params = pipeline_params.UNCONDITIONAL_IMAGE_GENERATION_PARAMS
+    batch_params = pipeline_params.UNCONDITIONAL_IMAGE_GENERATION_BATCH_PARAMS
+    # There is no prompt: batch_size and class_labels say how many images.
+    required_optional_params = pipelines.PipelineTesterMixin.required_optional_params - {"num_images_per_prompt"} | {
+        "batch_size",
+        "class_labels",
+        "sigmas",
+        "callback_on_step_end",
+        "callback_on_step_end_tensor_inputs",
+    }
+    test_layerwise_casting = True
+    test_group_offloading = True
+
+    num_class_embeds = None
+
+    def get_dummy_components(self):
+        torch.manual_seed(0)
+        unet = UNet2DModel(
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=4,
+            num_class_embeds=self.num_class_embeds,
+        )
+        return {"unet": unet.eval(), "scheduler": PIDScheduler()}
+
+    def get_dummy_inputs(self, device, seed=0):
+        return {
+            "batch_size": 1,
+            "generator": torch.Generator(device).manual_seed(seed),
+            "num_inference_steps": 1,
+            "output_type": "np",
+        }
+
+
+class ClassConditionalOneStepPIDPipelineTests(OneStepPIDPipelineTests):
+    params = pipeline_params.CLASS_CONDITIONED_IMAGE_GENERATION_PARAMS
+    batch_params = pipeline_params.CLASS_CONDITIONED_IMAGE_GENERATION_BATCH_PARAMS
+    num_class_embeds = 10
+
+    def get_dummy_inputs(self, device, seed=0):
+        inputs = super().get_dummy_inputs(device, seed)
+        del inputs["batch_size"]  # the labels say it
+        return {"class_labels": 3, **inputs}
