@@ -30,8 +30,7 @@ class TrajectoryModel(nn.Module):
             sigma (`float` or `torch.Tensor` of shape `(B,)`): noise levels in (0, T].
             **condition: what the network is conditioned on, such as `class_labels` of shape `(B,)`.
         """
-        dtype = None if torch.is_tensor(sigma) else torch.promote_types(z.dtype, torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=dtype, device=z.device)
+        sigma = self.scheduler.sigma_tensor(sigma, z)
         timestep = self.scheduler.sigma_to_timestep(sigma).expand(z.shape[0])
         sample = self.scheduler.scale_model_input(z, timestep).to(next(self.unet.parameters()).dtype)
         return self.unet(sample, timestep, **condition, return_dict=False)[0].to(z.dtype)

@@ -71,12 +71,16 @@ class OneStepPIDPipeline(DiffusionPipeline):
         if class_labels is not None:
             if num_classes is None:
                 raise ValueError("class_labels was passed, but this model is unconditional; leave it out.")
-            class_labels = torch.as_tensor(class_labels)
-            if class_labels.ndim > 1 or class_labels.numel() == 0 or class_labels.is_floating_point():
-                raise ValueError(
-                    f"class_labels has shape {tuple(class_labels.shape)} and type {class_labels.dtype}; pass an"
-                    " integer or a list of integers."
-                )
+            given = class_labels
+            try:
+                class_labels = torch.as_tensor(given)
+                fits = class_labels.ndim <= 1 and class_labels.numel() > 0
+                fits = fits and not class_labels.is_floating_point() and class_labels.dtype != torch.bool
+            except (TypeError, ValueError, RuntimeError):
+                fits = False
+            if not fits:
+                raise ValueError(f"class_labels is {given!r}; pass an integer or a list of integers.")
+            class_labels = class_labels.long()
             if bool(((class_labels < 0) | (class_labels >= num_classes)).any()):
                 raise ValueError(
                     f"class_labels is {class_labels.tolist()}; this model knows the classes 0 to {num_classes - 1}."
@@ -84,7 +88,7 @@ class OneStepPIDPipeline(DiffusionPipeline):
         lengths = {
             "batch_size": batch_size,
             "class_labels": len(class_labels) if class_labels is not None and class_labels.ndim == 1 else None,
-            "latents": None if latents is None else latents.shape[0],
+            "latents": None if latents is None or latents.ndim == 0 else len(latents),
             "generator": len(generator) if isinstance(generator, list) else None,
         }
         lengths = {name: length for name, length in lengths.items() if length is not None}
@@ -220,4 +224,4 @@ class OneStepPIDPipeline(DiffusionPipeline):
         if not isinstance(generator, list):
             device = None if generator is None else generator.device
             return torch.randint(num_classes, (batch_size,), generator=generator, device=device)
-        return torch.cat([torch.randint(num_classes, (1,), generator=g, device=g.device).cpu() for g in generator])
+        return torch.cat([self._draw_class_labels(1, g).cpu() for g in generator])

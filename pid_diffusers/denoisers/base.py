@@ -76,19 +76,21 @@ class Denoiser(nn.Module):
                 f"teacher is {str(teacher)!r}, which holds no diffusers pipeline (model_index.json:"
                 f" {error.__class__.__name__}); pass a folder written by save_pretrained."
             ) from error
-        name = (index.get("scheduler") or [None, None])[1]
+        entry = index.get("scheduler") if isinstance(index, dict) else None
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         families = [family for family in Denoiser.__subclasses__() if name in family.scheduler_classes]
         if not families:
             known = ", ".join(n for family in Denoiser.__subclasses__() for n in family.scheduler_classes)
             raise InputError(
-                f"teacher is {str(teacher)!r}, whose scheduler, {name}, does not tell how its network was"
+                f"teacher is {str(teacher)!r}, whose scheduler ({name}) does not tell how its network was"
                 f" parametrised; its model_index.json must name one of: {known}."
             )
         try:
             pipeline = DiffusionPipeline.from_pretrained(folder)
         except Exception as error:
             raise InputError(
-                f"teacher is {str(teacher)!r}, which diffusers cannot load: {' '.join(str(error).split())}"
+                f"teacher is {str(teacher)!r}, which diffusers cannot load ({' '.join(str(error).split())}); pass a"
+                " folder whose files are all there."
             ) from error
         return families[0].from_pipeline(pipeline)
 
@@ -109,4 +111,4 @@ def _find(teacher: str | Path) -> Path:
     except HFValidationError as error:
         raise InputError(f"{missing}; {fix}") from error
     except Exception as error:  # no network, no such repo, no permission: the Hub's client says which
-        raise InputError(f"{missing} that can be read ({' '.join(str(error).split())[:200]}); {fix}") from error
+        raise InputError(f"{missing} that can be read ({' '.join(str(error).split())}); {fix}") from error

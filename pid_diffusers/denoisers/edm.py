@@ -1,9 +1,11 @@
 """EDM preconditioning (Karras et al. 2022, table 1)."""
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 
+from ..errors import InputError
+from ..schedulers import PIDScheduler
 from .base import Denoiser
 
 
@@ -57,8 +59,7 @@ class EDMDenoiser(Denoiser):
 
     def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=None if torch.is_tensor(sigma) else dtype, device=x.device)
-        sigma = sigma.expand(x.shape[0])
+        sigma = PIDScheduler.sigma_tensor(sigma, x).expand(x.shape[0])
         timestep = sigma.log() * self.timestep_scale
         sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
         variance = sigma**2 + self.sigma_data**2
@@ -71,9 +72,15 @@ class EDMDenoiser(Denoiser):
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> "EDMDenoiser":
+        network = getattr(pipeline, "unet", None)
+        if not isinstance(network, UNet2DModel):
+            raise InputError(
+                f"teacher is a {type(pipeline).__name__} with a network of type {type(network).__name__}; pass a"
+                " pipeline whose `unet` is a UNet2DModel."
+            )
         config = pipeline.scheduler.config
         return cls(
-            pipeline.unet,
+            network,
             sigma_data=config.sigma_data,
             sigma_min=config.sigma_min,
             sigma_max=config.sigma_max,

@@ -40,6 +40,14 @@ class EmpiricalDenoiser(Denoiser):
         self.register_buffer("labels", labels)
         self.trajectory_config = {"sigma_min": sigma_min, "sigma_max": sigma_max}
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return tuple(self.data.shape[1:])
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.labels is None else int(self.labels.max()) + 1
+
     def forward(
         self, x: torch.Tensor, sigma: float | torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Distances d(prediction, target) between images, one number a sample."""
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,14 +60,16 @@ class LPIPS(nn.Module):
 
     def __init__(self, vgg_weights: str | Path | None = None):
         super().__init__()
+        weights = _vgg_weights(vgg_weights)
         import lpips  # with torchvision, which the rest of the library does without
 
-        self.model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-        weights = _vgg_weights(vgg_weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # lpips calls torchvision by a deprecated argument
+            self.model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         for block in self.model.net.children():  # slice1 … slice5, layers named as in torchvision's `features`
             for name, parameter in block.named_parameters():
                 key = f"features.{name}"
-                if key not in weights or weights[key].shape != parameter.shape:
+                if getattr(weights.get(key), "shape", None) != parameter.shape:
                     raise InputError(
                         f"lpips_vgg_weights is {str(vgg_weights)!r}, which lacks {key} of shape"
                         f" {tuple(parameter.shape)}; pass torchvision's vgg16-397923af.pth."
@@ -124,8 +127,10 @@ def _vgg_weights(path: str | Path | None) -> dict[str, torch.Tensor]:
         if Path(path).suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(weights)
     except Exception as error:
         raise InputError(
             f"lpips_vgg_weights is {str(path)!r}, which cannot be read as a state dict ({error.__class__.__name__});"

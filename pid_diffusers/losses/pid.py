@@ -70,11 +70,12 @@ class PIDLoss(nn.Module):
             indices (`torch.Tensor` of shape `(B,)`): integers i in 0 … N−1, the grid points.
             **condition: passed to student and teacher, such as `class_labels` of shape `(B,)`.
         """
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         scheduler = student.scheduler
         sigmas, weights = self.stencil(scheduler.grid(), indices.cpu())
         sigmas = [sigma.to(z.device, z.dtype) for sigma in sigmas]
         outputs = self._network_outputs(student, z, sigmas, condition)
-        prediction = self.composite(z, outputs, [weight.to(z.device, z.dtype) for weight in weights], scheduler.head)
+        prediction = self.composite(z, outputs, weights, scheduler.head)
 
         with torch.no_grad():
             x, sigma = scheduler.trajectory(outputs[0], z, sigmas[0])[0], sigmas[0]
@@ -97,13 +98,17 @@ class PIDLoss(nn.Module):
         Args:
             z (`torch.Tensor` of shape `(B, C, H, W)`): starts of standard deviation T.
             outputs: F(t), F(t_1), …, each `(B, C, H, W)`.
-            weights: β_1, …, each `(B,)`, from [`~PIDLoss.stencil`].
+            weights: β_1, …, each `(B,)` in float64, from [`~PIDLoss.stencil`].
             head: (a, b), from [`PIDScheduler.head`].
         """
-        combined = outputs[0]
+        # float64, where there is one: β multiplies the rounding of F(t_k) − F(t), and has a rounding of its own
+        dtype = torch.float32 if z.device.type == "mps" else torch.float64
+        first = outputs[0].to(dtype)
+        combined = first
         for output, weight in zip(outputs[1:], weights, strict=True):
-            combined = combined + weight.reshape(-1, *[1] * (z.ndim - 1)) * (output - outputs[0])
-        return head[0] * z + head[1] * combined
+            beta = weight.to(dtype).to(z.device).reshape(-1, *[1] * (z.ndim - 1))
+            combined = combined + beta * (output.to(dtype) - first)
+        return (head[0] * z.to(dtype) + head[1] * combined).to(z.dtype)
 
     def stencil(
         self, grid: torch.Tensor, indices: torch.Tensor

@@ -126,6 +126,12 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         b = self.config.sigma_max * self.config.sigma_data * self.c_in
         return (a, b) if self.config.prediction_type == "edm" else (a, -b)
 
+    @staticmethod
+    def sigma_tensor(sigma: float | torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """σ on z's device: a floating-point tensor as it is, anything else in float32, or in z's type if wider."""
+        keep = torch.is_tensor(sigma) and sigma.is_floating_point()
+        return torch.as_tensor(sigma, dtype=None if keep else torch.promote_types(z.dtype, torch.float32)).to(z.device)
+
     def sigma_to_timestep(self, sigma: torch.Tensor) -> torch.Tensor:
         """c_noise(σ), the number that the network is told: ln(σ)/4 (`"edm"`) or 250 ln(σ) (`"edm_scaled"`)."""
         return sigma.log() * 250 if self.config.timestep_type == "edm_scaled" else sigma.log() / 4
@@ -214,7 +220,7 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         Computed in float32, or float64 if z is, with σ/T in σ's own type. Both results have z's type.
         """
         dtype = torch.promote_types(z.dtype, torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=None if torch.is_tensor(sigma) else dtype, device=z.device)
+        sigma = self.sigma_tensor(sigma, z)
         sigma = sigma.reshape(-1, *[1] * (z.ndim - 1)) if sigma.ndim else sigma
         # A tensor, because CUDA divides by a Python number through its reciprocal, and T · (1/T) need not be 1.
         skip = sigma / torch.as_tensor(self.config.sigma_max, dtype=sigma.dtype, device=z.device)

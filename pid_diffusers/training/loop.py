@@ -200,6 +200,8 @@ class Trainer:
 
     def _describe(self) -> str:
         config, settings = self.config, self.scheduler.config
+        then, now = self.state.get("settings", {}), self._settings()
+        changed = [f"{name} ({then[name]} → {now[name]})" for name in now if name in then and then[name] != now[name]]
         millions = sum(p.numel() for p in self.parameters) / 1e6
         device = self.accelerator.device
         return (
@@ -211,6 +213,7 @@ class Trainer:
             + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + f", {self.accelerator.num_processes} process(es), precision {self.accelerator.mixed_precision}."
             + (f"\nContinuing from {self.checkpoint}." if self.checkpoint else "")
+            + (f"\nSettings that differ from the checkpoint's: {', '.join(changed)}." if changed else "")
             + (
                 "\nNo checkpoint yet: starting at step 0."
                 if config.resume_from_checkpoint and not self.checkpoint
@@ -271,6 +274,11 @@ class Trainer:
         }
         return json.loads(json.dumps(identity))
 
+    def _settings(self) -> dict:
+        """The settings that a run which continues a checkpoint had better share, though it need not."""
+        elsewhere = ("preset", "output_dir", "resume_from_checkpoint")
+        return {name: value for name, value in self.config.to_dict().items() if name not in elsewhere}
+
     def _create_accelerator(self) -> Accelerator:
         config = self.config
         trackers = ["all", "none", *(str(tracker) for tracker in get_available_trackers())]
@@ -288,8 +296,8 @@ class Trainer:
                     project_dir=config.output_dir, logging_dir=str(self.output_dir / config.logging_dir)
                 ),
             )
-        except ValueError as error:  # fp16 without a GPU, bf16 on a GPU that has none
-            raise InputError(f"mixed_precision is {config.mixed_precision!r}: {error}; use no or bf16.") from error
+        except ValueError as error:  # a precision that this machine has not
+            raise InputError(f"mixed_precision is {config.mixed_precision!r}: {error}") from error
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -456,7 +464,7 @@ class Trainer:
                 for decay, ema in self.emas.items():
                     averages[str(decay)] = ema.optimization_step
                     save_file(dict(zip(names, ema.shadow_params, strict=True)), partial / _ema_file(decay))
-                state = {**counters, "ema_steps": averages, "identity": self._identity()}
+                state = {**counters, "ema_steps": averages, "identity": self._identity(), "settings": self._settings()}
                 checkpoints.finish(partial, final, state)
                 checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
         except WRITE_ERRORS as error:
@@ -470,7 +478,7 @@ class Trainer:
         self.accelerator.load_state(str(self.checkpoint))
         self.lr_scheduler.last_epoch = self.state["step"]
         for decay, ema in self.emas.items():
-            shadow = load_file(self.checkpoint / _ema_file(decay), device=str(self.accelerator.device))
+            shadow = load_file(self.checkpoint / _ema_file(decay))
             for (name, _), parameter in zip(self.unet.named_parameters(), ema.shadow_params, strict=True):
                 parameter.copy_(shadow[name])
             ema.optimization_step = self.state["ema_steps"][str(decay)]

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from diffusers import EDMEulerScheduler
+
+from pid_diffusers import EDMDenoiser
+
+SIGMAS = [0.002, 0.5, 7.0, 80.0]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_denoiser_equals_the_preconditioning_of_diffusers_edm_scheduler(tiny_unet, noise, sigma_data, prediction_type):
+    unet = tiny_unet().double()
+    scheduler = EDMEulerScheduler(sigma_data=sigma_data, prediction_type=prediction_type)
+    teacher = EDMDenoiser(
+        unet, sigma_data=sigma_data, prediction_type="edm" if prediction_type == "epsilon" else prediction_type
+    )
+    with torch.no_grad():
+        for value in SIGMAS:
+            sigma = torch.tensor(value, dtype=torch.float64)
+            x = (value**2 + sigma_data**2) ** 0.5 * noise(2, 3, 8, 8, dtype=torch.float64)
+            output = unet(scheduler.precondition_inputs(x, sigma), scheduler.precondition_noise(sigma)).sample
+            expected = scheduler.precondition_outputs(x, output, sigma)
+            torch.testing.assert_close(teacher(x, sigma), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_scaled_timesteps_are_250_times_the_logarithm(tiny_unet, noise):
+    """Both names of c_noise agree where ln(σ)/4 of one noise level is 250 ln(σ) of another."""
+    unet, x = tiny_unet().double(), noise(2, 3, 8, 8, dtype=torch.float64)
+    sigma = torch.tensor(1.01, dtype=torch.float64)
+    variance = sigma**2 + 0.25
+    with torch.no_grad():
+        output = unet(x / variance.sqrt(), 250 * sigma.log()).sample
+        denoised = EDMDenoiser(unet, timestep_type="edm_scaled")(x, sigma)
+    torch.testing.assert_close(denoised, 0.25 / variance * x + 0.5 * sigma / variance.sqrt() * output)
+
+
+def test_every_sample_has_its_own_noise_level_and_class(tiny_unet, noise):
+    teacher = EDMDenoiser(tiny_unet(num_class_embeds=4).double())
+    x, labels = noise(4, 3, 8, 8, dtype=torch.float64), torch.tensor([3, 0, 1, 1])
+    with torch.no_grad():
+        together = teacher(x, torch.tensor(SIGMAS, dtype=torch.float64), class_labels=labels)
+        for i, sigma in enumerate(SIGMAS):
+            alone = teacher(x[i : i + 1], sigma, class_labels=labels[i : i + 1])
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_a_half_precision_network_is_combined_in_float32(tiny_unet, noise):
+    unet, x, sigma = tiny_unet().bfloat16(), noise(2, 3, 8, 8), torch.tensor(0.3)
+    variance = sigma**2 + 0.25
+    with torch.no_grad():
+        denoised = EDMDenoiser(unet)(x, 0.3)
+        output = unet((x / variance.sqrt()).bfloat16(), sigma.log() / 4).sample
+    assert output.dtype == torch.bfloat16
+    assert denoised.dtype == torch.float32
+    expected = 0.25 / variance * x + 0.5 * sigma / variance.sqrt() * output.float()
+    torch.testing.assert_close(denoised, expected, rtol=1e-6, atol=1e-6)
+    assert (denoised - denoised.bfloat16()).abs().max() > 1e-3  # such arithmetic is out of reach of bfloat16
+
+
+def test_the_result_has_the_type_of_the_input(tiny_unet, noise):
+    teacher = EDMDenoiser(tiny_unet())
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        with torch.no_grad():
+            assert teacher(noise(1, 3, 8, 8, dtype=dtype), 1.0).dtype == dtype
+
+
+def test_teacher_tells_its_shape_and_classes(tiny_unet):
+    teacher = EDMDenoiser(tiny_unet(sample_size=(8, 16), num_class_embeds=4))
+    assert teacher.sample_shape == (3, 8, 16)
+    assert teacher.num_classes == 4
+    assert EDMDenoiser(tiny_unet()).sample_shape == (3, 8, 8)
+    assert EDMDenoiser(tiny_unet()).num_classes is None
+
+
+def test_drawn_conditions_are_repeatable_and_cover_all_classes(tiny_unet):
+    teacher = EDMDenoiser(tiny_unet(num_class_embeds=4))
+    first, second = (teacher.draw_condition(100, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(first["class_labels"], second["class_labels"])
+    assert first["class_labels"].unique().tolist() == [0, 1, 2, 3]
+    assert EDMDenoiser(tiny_unet()).draw_condition(100, torch.Generator()) == {}
+
+
+@pytest.mark.parametrize("name", ["timestep_type", "prediction_type"])
+def test_an_invalid_argument_is_named(tiny_unet, name):
+    with pytest.raises(ValueError, match=f"{name} is 'epsilon'"):
+        EDMDenoiser(tiny_unet(), **{name: "epsilon"})

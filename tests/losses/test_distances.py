@@ -1,0 +1,242 @@
+import lpips
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torchvision.models import vgg
+
+from pid_diffusers import InputError
+from pid_diffusers.losses import LPIPS, PseudoHuber, l1, l2
+from pid_diffusers.losses.distances import get_distance
+
+
+def test_l2_is_the_mean_square_of_each_sample(noise):
+    p, q = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
+    expected = torch.stack([((a - b) ** 2).mean() for a, b in zip(p, q, strict=True)])
+    torch.testing.assert_close(l2(p, q), expected)
+    assert l2(torch.full((1, 2, 4, 4), 3.0), torch.ones(1, 2, 4, 4)).tolist() == [4.0]
+
+
+def test_l1_is_the_mean_absolute_difference_of_each_sample(noise):
+    p, q = noise(3, 2, 4, 4), noise(3, 2, 4, 4, seed=1)
+    expected = torch.stack([(a - b).abs().mean() for a, b in zip(p, q, strict=True)])
+    torch.testing.assert_close(l1(p, q), expected)
+    assert l1(torch.full((1, 2, 4, 4), -2.0), torch.ones(1, 2, 4, 4)).tolist() == [3.0]
+
+
+def test_pseudo_huber_is_the_closed_form(noise):
+    p, q = noise(3, 2, 4, 4, dtype=torch.float64), noise(3, 2, 4, 4, seed=1, dtype=torch.float64)
+    norm = (p - q).flatten(1).norm(dim=1)
+    for c in (0.01, 1.0):
+        torch.testing.assert_close(PseudoHuber(c)(p, q), (norm**2 + c**2).sqrt() - c)
+    c = 0.00054 * 32**0.5
+    torch.testing.assert_close(PseudoHuber()(p, q), (norm**2 + c**2).sqrt() - c)
+
+
+def test_pseudo_huber_is_square_below_c_and_linear_above():
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for small in (1e-3, 2e-3):
+        assert PseudoHuber(1.0)(zero + small, zero).item() == pytest.approx(small**2 / 2, rel=1e-5)
+    for large in (1e4, 2e4):
+        assert PseudoHuber(1.0)(zero + large, zero).item() == pytest.approx(large - 1, rel=1e-6)
+
+
+@pytest.mark.parametrize("distance", [l2, PseudoHuber()])
+def test_identical_images_have_distance_and_gradient_0(noise, distance):
+    image = noise(2, 3, 4, 4).requires_grad_()
+    value = distance(image, image.detach())
+    value.sum().backward()
+    assert value.tolist() == [0.0, 0.0]
+    assert torch.equal(image.grad, torch.zeros_like(image))
+
+
+def test_distances_are_found_by_name():
+    assert get_distance("l2") is l2
+    assert get_distance("l1") is l1
+    assert get_distance("pseudo_huber", c=0.1).c == 0.1
+
+
+def test_an_unknown_distance_is_named():
+    with pytest.raises(ValueError, match="distance is 'ssim'.*l2, l1, pseudo_huber, lpips"):
+        get_distance("ssim")
+
+
+# LPIPS, with random weights in torchvision's format in place of the real ones, which are a download
+
+
+@pytest.fixture(scope="session")
+def vgg_weights():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        features = vgg.make_layers(vgg.cfgs["D"])
+        for parameter in features.parameters():
+            if parameter.ndim == 4:
+                torch.nn.init.kaiming_normal_(parameter, mode="fan_in")
+            else:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return {f"features.{name}": weight for name, weight in features.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def vgg_file(vgg_weights, tmp_path_factory):
+    file = tmp_path_factory.mktemp("vgg") / "vgg16.pth"
+    torch.save(vgg_weights, file)
+    return file
+
+
+@pytest.fixture(scope="session")
+def distance(vgg_file):
+    return LPIPS(vgg_file)
+
+
+def original_lpips(weights):
+    """The `lpips` package's own distance with these VGG-16 weights."""
+    model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
+    for block in model.net.children():
+        block.load_state_dict({name: weights[f"features.{name}"] for name in block.state_dict()})
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def original(vgg_weights):
+    return original_lpips(vgg_weights)
+
+
+def images(noise, *shape, seed=0):
+    return noise(*shape, seed=seed).tanh()
+
+
+def test_lpips_is_the_lpips_package_on_resized_images(distance, original, noise):
+    p, q = images(noise, 2, 3, 16, 16), images(noise, 2, 3, 16, 16, seed=1)
+    with torch.no_grad():
+        resized = [F.interpolate(image, size=(224, 224), mode="bilinear", align_corners=False) for image in (p, q)]
+        expected = original(*resized).flatten()
+        value = distance(p, q)
+    assert value.shape == (2,)
+    assert value.min() > 1e-3
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=0)
+
+
+def test_lpips_reads_safetensors_and_strings(distance, vgg_weights, tmp_path, noise):
+    file = tmp_path / "vgg16.safetensors"
+    save_file({**vgg_weights, "classifier.0.bias": torch.zeros(3)}, file)  # torchvision's file has more than features
+    p, q = images(noise, 1, 3, 8, 8), images(noise, 1, 3, 8, 8, seed=1)
+    with torch.no_grad():
+        assert torch.equal(LPIPS(str(file))(p, q), distance(p, q))
+
+
+def test_lpips_of_grey_images_is_that_of_their_three_equal_channels(distance, noise):
+    p, q = images(noise, 1, 1, 8, 8), images(noise, 1, 1, 8, 8, seed=1)
+    with torch.no_grad():
+        assert torch.equal(distance(p, q), distance(p.repeat(1, 3, 1, 1), q.repeat(1, 3, 1, 1)))
+
+
+def test_lpips_of_identical_images_is_0_with_a_finite_gradient(distance, noise):
+    image = images(noise, 1, 3, 8, 8).requires_grad_()
+    value = distance(image, image.detach())
+    value.sum().backward()
+    assert value.item() == 0
+    assert image.grad.isfinite().all()
+
+
+def test_lpips_has_a_finite_gradient_where_features_vanish(vgg_weights, tmp_path):
+    """The `lpips` package has none: the sum of squares of such features is 0, and it takes the square root."""
+    tiny = {name: torch.full_like(weight, 1e-25 if weight.ndim == 1 else 0) for name, weight in vgg_weights.items()}
+    torch.save(tiny, tmp_path / "tiny.pth")
+    gradients = []
+    for model, size in ((LPIPS(tmp_path / "tiny.pth"), 8), (original_lpips(tiny), 224)):
+        image = torch.zeros(1, 3, size, size, requires_grad=True)
+        model(image, image.detach()).sum().backward()
+        gradients.append(image.grad)
+    assert gradients[0].isfinite().all()
+    assert gradients[1].isnan().any()
+
+
+def test_lpips_never_trains(distance, noise):
+    p, q = images(noise, 1, 3, 8, 8), images(noise, 1, 3, 8, 8, seed=1)
+    with torch.no_grad():
+        value = distance(p, q)
+        distance.train()
+        assert torch.equal(distance(p, q), value)
+    assert not any(module.training for module in distance.modules())
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_lpips_of_latents_is_an_input_error(distance, noise):
+    with pytest.raises(InputError, match="1 or 3 channels, not 4"):
+        distance(noise(1, 4, 8, 8), noise(1, 4, 8, 8))
+
+
+def text_file(folder, weights):
+    (folder / "notes.pth").write_text("not a state dict")
+    return folder / "notes.pth"
+
+
+def text_as_safetensors(folder, weights):
+    (folder / "notes.safetensors").write_text("not a state dict")
+    return folder / "notes.safetensors"
+
+
+def missing_path(folder, weights):
+    return folder / "nowhere.pth"
+
+
+def the_folder_itself(folder, weights):
+    return folder
+
+
+def missing_key(folder, weights):
+    save_file({name: w for name, w in weights.items() if name != "features.28.bias"}, folder / "vgg.safetensors")
+    return folder / "vgg.safetensors"
+
+
+def wrong_shape(folder, weights):
+    save_file({**weights, "features.0.weight": torch.zeros(64, 1, 3, 3)}, folder / "vgg.safetensors")
+    return folder / "vgg.safetensors"
+
+
+def another_state_dict(folder, weights):
+    torch.save({"conv_in.weight": torch.zeros(1)}, folder / "unet.pth")
+    return folder / "unet.pth"
+
+
+def bare_tensor(folder, weights):
+    torch.save(torch.zeros(3), folder / "tensor.pth")
+    return folder / "tensor.pth"
+
+
+def state_dict_of_numbers(folder, weights):
+    torch.save(dict.fromkeys(weights, 0.0), folder / "numbers.pth")
+    return folder / "numbers.pth"
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        text_file,
+        text_as_safetensors,
+        missing_path,
+        the_folder_itself,
+        missing_key,
+        wrong_shape,
+        another_state_dict,
+        bare_tensor,
+        state_dict_of_numbers,
+    ],
+)
+def test_a_file_without_vgg16_is_an_input_error_that_names_it(vgg_weights, tmp_path, create):
+    file = create(tmp_path, vgg_weights)
+    with pytest.raises(InputError) as error:
+        LPIPS(file)
+    assert f"lpips_vgg_weights is {str(file)!r}" in str(error.value)
+    assert str(error.value).endswith("pass torchvision's vgg16-397923af.pth.")
+
+
+def test_without_weights_and_network_the_message_says_what_to_pass(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port: refused at once
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="--lpips_vgg_weights.*--distance l2"):
+        LPIPS()
