@@ -47,9 +47,10 @@ PYTHON = [sys.executable]
 ACCELERATE = [str(Path(sys.executable).with_name("accelerate")), "launch"]
 
 
-def start(words):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+def start(words, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen(words, env=environment, **options)
 
 
 def weights(folder):
@@ -107,16 +108,40 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(arguments, straight
     assert (folder / "metrics.jsonl").read_text().count("\n") == 60
 
 
-def test_ending_the_launcher_leaves_a_checkpoint(arguments, tmp_path):
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to the launcher"])
+def test_ending_the_launcher_leaves_a_checkpoint(arguments, tmp_path, how):
     folder = tmp_path / "ended"
     process = start(command(ACCELERATE, [*arguments, "--max_train_steps", "100000"], folder))
     wait_for(folder / "checkpoint-3", process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]  # until the training process has closed its output, too
-    assert "SIGTERM: stopped after step" in output
+    if how == "Ctrl-C":  # a terminal sends SIGINT to launcher and script alike
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]  # until the script has closed its output, too
+    name = "SIGINT" if how == "Ctrl-C" else "SIGTERM"
+    assert f"{name}: stopped after step" in output
     path = folder / f"checkpoint-{output.split('stopped after step ')[1].split(',')[0]}"
     assert f"checkpoint in {path}" in output
     assert (path / "trainer_state.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_resume_to_the_same_bits(arguments, tmp_path):
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc_per_node", "2"]
+    arguments = [*arguments, "--max_train_steps", "8", "--checkpointing_steps", "4"]
+    straight, stopped, resumed = (tmp_path / name for name in ("straight", "stopped", "resumed"))
+    runs = [
+        command(torchrun, arguments, straight),
+        command(torchrun, [*arguments, "--max_train_steps", "4"], stopped),
+        command(torchrun, arguments, resumed, "--resume_from_checkpoint", str(stopped / "checkpoint-4")),
+    ]
+    for words in runs:
+        process = start(words, ACCELERATE_USE_CPU="true")
+        output = process.communicate()[0]
+        assert process.returncode == 0, output
+        assert "2 process(es)" in output
+    expected, actual = weights(straight), weights(resumed)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 def test_bad_input_ends_with_one_sentence(tmp_path):

@@ -40,7 +40,13 @@ class RunReport:
         """Saves the pictures and `results.json`, and returns what to print."""
         config, student, teacher = self.config, result.student, result.teacher
         shown = self._samples(student, teacher, config.num_validation_images)
-        save_same_seed(self.folder / "samples.png", shown.teacher, shown.student, HEUN_STEPS, "the same seeds")
+        save_same_seed(
+            self.folder / "samples.png",
+            shown.teacher,
+            shown.student,
+            HEUN_STEPS,
+            "teacher and student from the same seeds",
+        )
         self._save_trajectory(student, teacher)
         self._save_loss_curve()
 

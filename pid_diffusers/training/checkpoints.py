@@ -117,7 +117,10 @@ def remove_partial(output_dir: Path):
         else:
             os.rename(path, target)
     for path in output_dir.glob(".*.partial"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _has_size(path: Path, size: int) -> bool:

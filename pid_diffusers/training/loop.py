@@ -58,7 +58,7 @@ class TrainingResult:
 
     Attributes:
         student (`TrajectoryModel`): with the moving average of the weights that is saved; not under DDP or autocast.
-        teacher (`Denoiser`): in the precision of training.
+        teacher (`Denoiser`): in float32.
         steps (`int`): optimizer steps done, skipped ones counted in.
         skipped_steps (`int`): steps without an update, since loss or gradient were not finite.
         seconds (`float`): time in training, validation and checkpoints left out, earlier parts of the run counted in.
@@ -196,7 +196,10 @@ class Trainer:
                 ) from error
         accelerator.wait_for_everyone()
         accelerator.end_training()
-        return TrainingResult(student, self.teacher, step, skipped, seconds, interrupted, accelerator.is_main_process)
+        teacher = self.teacher
+        if accelerator.mixed_precision != "no":  # to be measured against as it is, not as it was rounded for training
+            teacher = Denoiser.from_pretrained(config.teacher).requires_grad_(False).eval().to(accelerator.device)
+        return TrainingResult(student, teacher, step, skipped, seconds, interrupted, accelerator.is_main_process)
 
     def _describe(self) -> str:
         config, settings = self.config, self.scheduler.config
@@ -499,7 +502,8 @@ class Trainer:
         """SIGINT and SIGTERM end training after the step under way; the second one ends it at once."""
 
         def request_stop(number, frame):
-            self.interrupted_by = number
+            # Ctrl-C ends the launcher as well, whose end may arrive here as a SIGTERM: the first one counts
+            self.interrupted_by = self.interrupted_by or number
             signal.signal(number, previous[number])
 
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
