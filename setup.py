@@ -24,7 +24,7 @@ setup(
         "pid_diffusers": ["presets/*.yaml", "assets/digits-teacher/*.json", "assets/digits-teacher/*/*"],
     },
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         # loading relies on how diffusers finds classes outside its own package
         "diffusers>=0.42,<0.43",
         "transformers>=4.45",

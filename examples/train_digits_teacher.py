@@ -2,7 +2,7 @@
 
     python examples/train_digits_teacher.py --output_dir digits-teacher
 
-takes about 6 minutes on 2 CPU cores and writes a diffusers pipeline of 2.8 MB.
+takes about seven minutes on 2 CPU cores and writes a diffusers pipeline of 2.8 MB.
 """
 
 import argparse

@@ -99,8 +99,8 @@ class OneStepPIDPipeline(DiffusionPipeline):
                 + " images; pass arguments of the same length."
             )
         batch_size = next(iter(lengths.values()), 1)
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; pass at least 1.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; pass an integer of at least 1.")
         if latents is not None and tuple(latents.shape) != self._latents_shape(batch_size):
             raise ValueError(
                 f"latents has shape {tuple(latents.shape)}; this model needs {self._latents_shape(batch_size)}."

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -142,6 +143,19 @@ def test_two_processes_train_and_resume_to_the_same_bits(arguments, tmp_path):
         assert "2 process(es)" in output
     expected, actual = weights(straight), weights(resumed)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_full_disk_come_to_an_end(arguments, tmp_path):
+    # no file can grow beyond 20 blocks of 1024 bytes, less than a checkpoint needs
+    words = ["torchrun", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_pid.py"), *arguments]
+    words += ["--max_train_steps", "6", "--output_dir", str(tmp_path / "run")]
+    script = f"ulimit -f 20; PATH={Path(sys.executable).parent}:$PATH; {shlex.join(words)}"
+    process = start(["bash", "-c", script], ACCELERATE_USE_CPU="true")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert "the checkpoint of step 3 could not be written" in output
+    assert "the pipeline could not be saved" in output
 
 
 def test_bad_input_ends_with_one_sentence(tmp_path):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from pid_diffusers import PIDScheduler, TrajectoryModel
-from pid_diffusers.trajectory import Float32Conv2d, keep_output_in_float32
+from pid_diffusers.precision import Float32Conv2d, keep_output_in_float32
 
 
 @pytest.mark.parametrize("timestep_type, scale", [("edm", 0.25), ("edm_scaled", 250.0)])

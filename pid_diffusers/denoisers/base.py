@@ -99,8 +99,11 @@ def _find(teacher: str | Path) -> Path:
     if str(teacher) in BUILT_IN:
         return BUILT_IN[str(teacher)]
     folder = Path(teacher)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:
+        raise InputError(f"teacher is {str(teacher)!r}, which cannot be read ({error.strerror}).") from error
     missing = f"teacher is {str(teacher)!r}, which is neither a folder nor a repo on the Hub"
     fix = f"pass a folder, a Hub id, or one of the built-in teachers: {', '.join(BUILT_IN)}."
     if folder.is_absolute() or str(teacher).startswith(".") or folder.exists():

@@ -79,11 +79,17 @@ class EDMDenoiser(Denoiser):
                 " pipeline whose `unet` is a UNet2DModel."
             )
         config = pipeline.scheduler.config
+        # diffusers' EDM schedulers call EDM's own output "epsilon"
+        kinds = {"epsilon": "edm", "v_prediction": "v_prediction"}
+        if config.prediction_type not in kinds:
+            raise InputError(
+                f"teacher has a scheduler with prediction_type {config.prediction_type!r}, which no EDM network"
+                " has; it must be epsilon (EDM's own) or v_prediction."
+            )
         return cls(
             network,
             sigma_data=config.sigma_data,
             sigma_min=config.sigma_min,
             sigma_max=config.sigma_max,
-            # diffusers' EDM schedulers call EDM's own output "epsilon"
-            prediction_type="v_prediction" if config.prediction_type == "v_prediction" else "edm",
+            prediction_type=kinds[config.prediction_type],
         )

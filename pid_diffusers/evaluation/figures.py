@@ -66,6 +66,7 @@ def _image_rows(
     lines = [axes for axes, height in zip(grid, heights, strict=True) if height == 1.0]
     for r, (line, row) in enumerate(zip(lines, rows, strict=True)):
         for c, image in enumerate(row):
+            image = image if image.shape[0] in (1, 3) else image[:1]
             pixels = ((image.float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
             line[c].imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             if columns and r == 0:

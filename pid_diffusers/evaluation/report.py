@@ -9,7 +9,7 @@ from ..training.loop import METRICS_FILE
 from ..trajectory import TrajectoryModel
 from .digits import DigitClassifier
 from .figures import save_loss_curve, save_same_seed, save_trajectory
-from .same_seed import draw_starts, measure_speedup, same_seed_samples, teacher_trajectory
+from .same_seed import SameSeedSamples, draw_starts, measure_speedup, same_seed_samples, teacher_trajectory
 
 HEUN_STEPS = 40
 HEUN_STEPS_FOR_SPEED = 35
@@ -30,7 +30,7 @@ class RunReport:
 
     def validate(self, student: TrajectoryModel, teacher: Denoiser, step: int) -> dict[str, float]:
         """Saves `validation/step-….png` and returns the rms distance on the seeds it shows."""
-        samples = self._samples(student, teacher, self.config.num_validation_images)
+        samples = self._shown(student, teacher)
         title = f"step {step}: rms distance {samples.rms_distance:.3f}"
         path = self.folder / "validation" / f"step-{step:07d}.png"
         save_same_seed(path, samples.teacher, samples.student, HEUN_STEPS, title)
@@ -39,7 +39,7 @@ class RunReport:
     def finish(self, result: TrainingResult) -> str:
         """Saves the pictures and `results.json`, and returns what to print."""
         config, student, teacher = self.config, result.student, result.teacher
-        shown = self._samples(student, teacher, config.num_validation_images)
+        shown = self._shown(student, teacher)
         save_same_seed(
             self.folder / "samples.png",
             shown.teacher,
@@ -60,7 +60,9 @@ class RunReport:
         if result.skipped_steps:
             lines.append(f"  {result.skipped_steps} steps were skipped, since loss or gradient were not finite.")
         if config.num_eval_samples:
-            samples = self._samples(student, teacher, config.num_eval_samples)
+            samples = same_seed_samples(
+                student, teacher, config.num_eval_samples, config.eval_batch_size, config.seed, HEUN_STEPS
+            )
             results["num_eval_samples"] = config.num_eval_samples
             results["seed"] = config.seed
             results[f"rms_distance_to_{HEUN_STEPS}_step_heun"] = samples.rms_distance
@@ -95,17 +97,11 @@ class RunReport:
             ]
         )
 
-    def _samples(self, student: TrajectoryModel, teacher: Denoiser, num_samples: int):
-        labels = self.config.validation_class_labels
-        return same_seed_samples(
-            student,
-            teacher,
-            num_samples,
-            self.config.eval_batch_size,
-            self.config.seed,
-            HEUN_STEPS,
-            labels if num_samples == self.config.num_validation_images else None,
-        )
+    def _shown(self, student: TrajectoryModel, teacher: Denoiser) -> SameSeedSamples:
+        """What the pictures show: `num_validation_images` seeds with `validation_class_labels`."""
+        config = self.config
+        n, labels = config.num_validation_images, config.validation_class_labels
+        return same_seed_samples(student, teacher, n, config.eval_batch_size, config.seed, HEUN_STEPS, labels)
 
     def _save_trajectory(self, student: TrajectoryModel, teacher: Denoiser):
         device = next(student.parameters()).device

@@ -1,11 +1,13 @@
 """How close a student is to its teacher, measured from the same seeds; no data needed."""
 
+import itertools
 import time
 from dataclasses import dataclass
 
 import torch
 
 from ..denoisers import Denoiser, heun
+from ..precision import widest_float
 from ..training.noise import generator_for
 from ..trajectory import TrajectoryModel
 
@@ -54,9 +56,9 @@ def draw_starts(
 def teacher_trajectory(
     student: TrajectoryModel, teacher: Denoiser, z: torch.Tensor, condition: dict, heun_steps: int = 40
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The grid of `heun_steps` + 1 noise levels from T to ε, and the teacher's ODE solution at each, in float64."""
+    """The grid of `heun_steps` + 1 noise levels from T to ε, and the teacher's ODE solution at each."""
     sigmas = student.scheduler.grid(heun_steps + 1)
-    return sigmas, heun(teacher, z.double(), sigmas, **condition)
+    return sigmas, heun(teacher, z.to(widest_float(z.device)), sigmas, **condition)
 
 
 @torch.no_grad()
@@ -87,7 +89,10 @@ def same_seed_samples(
         batch = z[i : i + batch_size].to(device)
         some = {name: value[i : i + batch_size].to(device) for name, value in condition.items()}
         students.append(student(batch, student.scheduler.config.sigma_min, **some).cpu())
-        teachers.append(teacher_trajectory(student, teacher, batch, some, heun_steps)[1][-1].float().cpu())
+        x = batch.to(widest_float(device))
+        for interval in itertools.pairwise(student.scheduler.grid(heun_steps + 1).tolist()):
+            x = heun(teacher, x, interval, **some)[-1]  # one at a time: the states between are not needed
+        teachers.append(x.float().cpu())
     return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition)
 
 
@@ -115,7 +120,7 @@ def measure_speedup(
 
 
 def _seconds(function, device: torch.device) -> float:
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
     synchronize()
     start = time.perf_counter()
     function()

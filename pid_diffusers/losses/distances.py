@@ -92,7 +92,7 @@ class LPIPS(nn.Module):
         return distance
 
     def _features(self, images: torch.Tensor) -> list[torch.Tensor]:
-        images = F.interpolate(images.expand(-1, 3, -1, -1), size=224, mode="bilinear")
+        images = F.interpolate(images.float().expand(-1, 3, -1, -1), size=224, mode="bilinear")
         features = self.model.net(self.model.scaling_layer(images))
         # lpips divides by a square root, whose gradient at 0 is infinite; `normalize` clamps instead.
         return [F.normalize(feature, dim=1, eps=1e-10) for feature in features]

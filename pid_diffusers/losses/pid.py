@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ..denoisers import Denoiser
+from ..precision import widest_float
 from ..trajectory import TrajectoryModel
 from .distances import get_distance
 
@@ -101,8 +102,8 @@ class PIDLoss(nn.Module):
             weights: β_1, …, each `(B,)` in float64, from [`~PIDLoss.stencil`].
             head: (a, b), from [`PIDScheduler.head`].
         """
-        # float64, where there is one: β multiplies the rounding of F(t_k) − F(t), and has a rounding of its own
-        dtype = torch.float32 if z.device.type == "mps" else torch.float64
+        # β multiplies the rounding of F(t_k) − F(t), and has a rounding of its own
+        dtype = widest_float(z.device)
         first = outputs[0].to(dtype)
         combined = first
         for output, weight in zip(outputs[1:], weights, strict=True):

@@ -85,8 +85,8 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
         if timestep_type not in TIMESTEP_TYPES:
             raise ValueError(f"timestep_type is {timestep_type!r}; choose one of {', '.join(TIMESTEP_TYPES)}.")
-        if num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps is {num_train_timesteps}; a grid needs at least 2 points.")
+        if num_train_timesteps < 2 or num_train_timesteps != int(num_train_timesteps):
+            raise ValueError(f"num_train_timesteps is {num_train_timesteps}; a grid needs 2 points or more.")
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(
                 f"sigma_min is {sigma_min} and sigma_max is {sigma_max}; choose finite values with"

@@ -51,8 +51,17 @@ def replace(source: Path, target: Path):
         os.replace(source, target)
 
 
+def write_text(path: Path, text: str):
+    """Writes a file beside its place and moves it in, so that a full disk leaves the one that was there."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def flush(path: Path):
     """Has the operating system put a file or folder on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -87,9 +96,9 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path | None:
         found = list_checkpoints(output_dir)
         return found[-1] if found else None
     path = Path(resume_from)
-    if not path.is_dir() and (output_dir / resume_from).is_dir():
+    if not os.path.isdir(path) and os.path.isdir(output_dir / resume_from):
         path = output_dir / resume_from  # a bare name, as diffusers' scripts take it
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputError(
             f"resume_from_checkpoint is {resume_from!r}, which is no folder; pass a checkpoint's folder or 'latest'."
         )
@@ -99,13 +108,21 @@ def find_checkpoint(resume_from: str, output_dir: Path) -> Path | None:
             f"resume_from_checkpoint is {resume_from!r}, which is not a complete checkpoint ({missing[0]} is missing"
             " or cut short); pass another one, or 'latest' for the newest that is complete."
         )
+    newest = list_checkpoints(output_dir)[-1:]
+    if newest and path.resolve().parent == output_dir.resolve() and path.resolve() != newest[0].resolve():
+        raise InputError(
+            f"resume_from_checkpoint is {resume_from!r}, but {newest[0].name} is newer and would be mixed up with what"
+            " follows; move the newer ones away, or pass another --output_dir."
+        )
     return path
 
 
 def prune(output_dir: Path, limit: int | None):
     """Removes the oldest complete checkpoints until `limit` are left."""
     for path in list_checkpoints(output_dir)[: -limit if limit else 0]:
-        shutil.rmtree(path, ignore_errors=True)
+        leaving = path.with_name(f".{path.name}.partial")  # found by `remove_partial` should this be cut short
+        os.rename(path, leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
 
 
 def remove_partial(output_dir: Path):

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import types
 import typing
@@ -134,11 +135,15 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, name, "pass at least 1")
         for name in ("validation_steps", "lr_warmup_steps", "num_eval_samples"):
             require(getattr(self, name) >= 0, name, "pass 0 or more")
-        require(self.seed >= 0, "seed", "pass 0 or more")
+        require(0 <= self.seed < 2**32, "seed", "pass 0 or more, below 2³²")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, "pass a number in [0, 1)")
+        require(0 <= self.adam_weight_decay < math.inf, "adam_weight_decay", "pass 0 or more")
         require(self.num_train_timesteps >= 2, "num_train_timesteps", "a grid needs at least 2 points")
         if self.scheme == "central":
             require(self.num_train_timesteps >= 3, "num_train_timesteps", "the central scheme needs at least 3 points")
-        for name in ("sigma_min", "sigma_max", "sigma_data", "rho", "learning_rate", "max_grad_norm", "huber_c"):
+        positive = ("sigma_min", "sigma_max", "sigma_data", "rho", "learning_rate", "max_grad_norm", "huber_c")
+        for name in (*positive, "adam_epsilon"):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, "pass a positive number")
         if self.sigma_min is not None and self.sigma_max is not None:
@@ -182,8 +187,8 @@ def parse_config(args: list[str] | None = None) -> TrainingConfig:
     settings = load_preset(preset)
     from_preset = []
     for name, value in settings.items():
-        values = value if isinstance(value, list) else [value]
-        from_preset += [f"--{name}", *map(str, values)] if value is not None else []
+        if value is not None:
+            from_preset += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     try:
         parser.parse_args(from_preset)
     except InputError as error:
@@ -201,12 +206,14 @@ def load_preset(name: str) -> dict:
     Raises:
         InputError: if there is none, it is no mapping, or it has a key that is no setting.
     """
-    path = PRESETS / f"{name}.yaml" if (PRESETS / f"{name}.yaml").is_file() else Path(name)
-    if not path.is_file():
+    path = PRESETS / f"{name}.yaml" if os.path.isfile(PRESETS / f"{name}.yaml") else Path(name)
+    if not os.path.isfile(path):
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise InputError(f"preset is {name!r}, which is no file; pass a YAML file or one of {known}.")
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"preset is {name!r}, which cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"preset is {name!r}, which is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -214,10 +221,12 @@ def load_preset(name: str) -> dict:
     fields = {f.name: f for f in dataclasses.fields(TrainingConfig) if f.name != "preset"}
     for key, value in settings.items():
         if key not in fields:
-            raise InputError(f"preset {name!r} has the key {key!r}, which is no setting{_nearest(str(key), fields)}.")
+            raise InputError(f"preset {name!r} has the key {key!r}, which is no setting{_nearest(str(key), fields)}")
         if isinstance(value, dict) or isinstance(value, list) != _is_list(fields[key].type) and value is not None:
             kind = "a list" if _is_list(fields[key].type) else "a single value"
             raise InputError(f"preset {name!r} sets {key} to {value!r}; it takes {kind}.")
+    if settings.get("mixed_precision") is False:
+        settings["mixed_precision"] = "no"  # which YAML reads as false
     return settings
 
 
@@ -228,11 +237,24 @@ def _is_list(annotation) -> bool:
 
 def _nearest(name: str, names: typing.Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
 class _Parser(HfArgumentParser):
-    """Reports what is wrong in one sentence instead of two pages of usage."""
+    """Takes "none" for what is optional, and reports what is wrong in one sentence instead of two pages of usage."""
+
+    def add_argument(self, *args, **kwargs):
+        action = super().add_argument(*args, **kwargs)
+        annotation = typing.get_type_hints(TrainingConfig).get(action.dest)
+        if type(None) in typing.get_args(annotation) and action.nargs is None:
+            convert = action.type
+
+            def convert_optional(text: str):
+                return None if text.lower() == "none" else convert(text)
+
+            convert_optional.__name__ = convert.__name__  # named in argparse's messages
+            action.type = convert_optional
+        return action
 
     def error(self, message: str):
         prefix, _, unknown = message.partition("unrecognized arguments: ")
@@ -240,5 +262,5 @@ class _Parser(HfArgumentParser):
             flag = unknown.split()[0].split("=")[0]
             names = [f.name for f in dataclasses.fields(TrainingConfig)]
             nearest = _nearest(flag[2:], names).replace("did you mean '", "did you mean '--")
-            raise InputError(f"{flag} is no flag{nearest}; --help lists them.")
+            raise InputError(f"{flag} is no flag{nearest}")
         raise InputError(f"{message}; --help lists the flags.")

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import sys
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,7 @@ def adapt_to_launcher():
     )
     if not told and not torch.cuda.is_available():
         torch.set_num_threads(_usable_cores())
-    if os.uname().sysname == "Linux":
+    if sys.platform == "linux":
         pr_set_pdeathsig = 1  # have the kernel send a signal when the parent ends
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 

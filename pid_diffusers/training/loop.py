@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import accelerate
 import diffusers
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -32,8 +33,9 @@ from ..errors import InputError
 from ..losses import PIDLoss
 from ..losses.distances import get_distance
 from ..pipelines import OneStepPIDPipeline
+from ..precision import keep_output_in_float32
 from ..schedulers import PIDScheduler
-from ..trajectory import TrajectoryModel, keep_output_in_float32
+from ..trajectory import TrajectoryModel
 from . import checkpoints
 from .config import TrainingConfig
 from .noise import draw_batch
@@ -42,8 +44,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-# what torch, safetensors and the operating system raise when a disk is full or a folder cannot be written
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 Validate = Callable[[TrajectoryModel, Denoiser, int], dict[str, float]]
 
@@ -93,7 +93,7 @@ class Trainer:
     def __init__(self, config: TrainingConfig):
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.teacher = Denoiser.from_pretrained(config.teacher).requires_grad_(False).eval()
+        self.teacher = Denoiser.from_pretrained(config.teacher).eval()
         self.scheduler = _create_scheduler(config, self.teacher)
         labels = config.validation_class_labels
         if labels is not None and (
@@ -105,10 +105,12 @@ class Trainer:
                 + ("the teacher is unconditional, leave it out." if known is None else f"use 0 to {known - 1}.")
             )
         self.unet = _create_student(config, self.teacher)
+        self.teacher.requires_grad_(False)
         self.loss = _create_loss(config)
+        self._check_fit()
         self.checkpoint = self._check_output_dir()
-        self.state = self._check_checkpoint()
         self.accelerator = self._create_accelerator()
+        self.state = self._check_checkpoint()
         self.interrupted_by = None
 
     def train(self, validate: Validate | None = None) -> TrainingResult:
@@ -126,7 +128,8 @@ class Trainer:
         set_seed(config.seed)
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            # not `warn_only`, for which attention on a GPU would choose a kernel that is not deterministic
+            torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self._prepare()
@@ -148,6 +151,7 @@ class Trainer:
         with progress, self._signals():
             start = time.perf_counter()
             while step < config.max_train_steps and not self._stop_requested():
+                learning_rate = self.optimizer.param_groups[0]["lr"]
                 loss, grad_norm, finite = self._step(step)
                 step += 1
                 skipped += not finite
@@ -156,7 +160,6 @@ class Trainer:
                     for ema in self.emas.values():
                         ema.step(self.parameters)
                 self.lr_scheduler.step()
-                learning_rate = self.optimizer.param_groups[0]["lr"]
                 progress.update()
                 progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
 
@@ -185,20 +188,22 @@ class Trainer:
                 self._leave(counters if step > self.state.get("step", 0) else None)
 
         interrupted = self.interrupted_by if step < config.max_train_steps else None
+        if skipped == step > 0:
+            raise TrainingStopped(f"loss or gradient were not finite in any of the {step} steps; nothing was learnt.")
         student = self._ema_student()
         if interrupted is None and accelerator.is_main_process:
             try:
                 self._save_pipeline(student)
-            except WRITE_ERRORS as error:
+            except (OSError, RuntimeError, SafetensorError) as error:
+                if not _is_write_error(error):
+                    raise
                 raise TrainingStopped(
                     f"the pipeline could not be saved to {self.output_dir} ({error}); make room, then run again with"
                     " --resume_from_checkpoint latest to save it from the last checkpoint."
                 ) from error
         accelerator.wait_for_everyone()
         accelerator.end_training()
-        teacher = self.teacher
-        if accelerator.mixed_precision != "no":  # to be measured against as it is, not as it was rounded for training
-            teacher = Denoiser.from_pretrained(config.teacher).requires_grad_(False).eval().to(accelerator.device)
+        teacher = self.exact_teacher.to(accelerator.device)
         return TrainingResult(student, teacher, step, skipped, seconds, interrupted, accelerator.is_main_process)
 
     def _describe(self) -> str:
@@ -230,9 +235,9 @@ class Trainer:
         """The checkpoint to resume from, after making sure that the folder can be written and is free, or ours."""
         resume_from, folder = self.config.resume_from_checkpoint, self.output_dir
         checkpoint = checkpoints.find_checkpoint(resume_from, folder) if resume_from else None
-        if folder.exists() and not folder.is_dir():
+        if os.path.isfile(folder):
             raise InputError(f"output_dir is {str(folder)!r}, which is a file; pass a folder.")
-        taken = [name for name in (CONFIG_FILE, METRICS_FILE, "model_index.json") if (folder / name).exists()]
+        taken = [name for name in (CONFIG_FILE, METRICS_FILE, "model_index.json") if os.path.exists(folder / name)]
         if taken and (not resume_from or checkpoint and checkpoint.resolve().parent != folder.resolve()):
             raise InputError(
                 f"output_dir is {str(folder)!r}, which holds another run or model ({taken[0]}); pass another folder,"
@@ -268,12 +273,13 @@ class Trainer:
 
     def _identity(self) -> dict:
         """What a checkpoint must share with a run that continues it."""
-        shapes = {name: list(parameter.shape) for name, parameter in self.unet.named_parameters()}
+        network = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
         identity = {
-            "network": {"class": type(self.unet).__name__, **shapes},
+            "network": {"class": type(self.unet).__name__, **network, "dropout": 0.0},
             "trajectory function": {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")},
             "list of ema_decays": self.config.ema_decays,
             "optimizer": self.config.optimizer,
+            "mixed_precision": self.accelerator.mixed_precision,
         }
         return json.loads(json.dumps(identity))
 
@@ -291,9 +297,8 @@ class Trainer:
                 f" {', '.join(dict.fromkeys(trackers))}."
             )
         try:
-            return Accelerator(
+            accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
-                gradient_accumulation_steps=config.gradient_accumulation_steps,
                 log_with=None if config.report_to == "none" else config.report_to,
                 project_config=ProjectConfiguration(
                     project_dir=config.output_dir, logging_dir=str(self.output_dir / config.logging_dir)
@@ -301,17 +306,56 @@ class Trainer:
             )
         except ValueError as error:  # a precision that this machine has not
             raise InputError(f"mixed_precision is {config.mixed_precision!r}: {error}") from error
+        if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise InputError("mixed_precision is 'fp16', which needs a GPU; pass bf16 or no.")
+        unsupported = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+        if accelerator.distributed_type in unsupported:
+            raise InputError(
+                f"accelerate was configured for {accelerator.distributed_type.value}, which cannot be used here;"
+                " choose multi-GPU in `accelerate config`."
+            )
+        # `_step` accumulates by itself, whatever the launcher's environment says
+        accelerator.gradient_accumulation_steps = 1
+        return accelerator
+
+    def _check_fit(self):
+        """One evaluation of the loss, so that what does not fit together is found before anything is written."""
+        config, teacher = self.config, self.teacher
+        try:
+            shape = (1, *teacher.sample_shape)
+            z, indices, generator = draw_batch(
+                shape, self.scheduler.config.sigma_max, config.num_train_timesteps, (0, 0, 0, 0), torch.device("cpu")
+            )
+            condition = teacher.draw_condition(1, generator)
+            with torch.no_grad():
+                self.loss(TrajectoryModel(self.unet, self.scheduler), teacher, z, indices, **condition)
+        except InputError:
+            raise
+        except Exception as error:
+            what = "teacher" if config.student_config is None else "student_config"
+            raise InputError(
+                f"{what} is {getattr(config, what)!r}, whose network cannot be evaluated on images of its own size"
+                f" ({error.__class__.__name__}: {' '.join(str(error).split())}); pass another one."
+            ) from error
+        if config.eval_classifier == "digits" and (shape[1:], teacher.num_classes) != ((1, 8, 8), 10):
+            raise InputError(
+                f"eval_classifier is 'digits', which reads images of shape (1, 8, 8) in 10 classes; the teacher's have"
+                f" shape {shape[1:]} in {teacher.num_classes or 'no'} classes, so pass --eval_classifier none."
+            )
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
     def _prepare(self):
         config, accelerator = self.config, self.accelerator
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        self.teacher.to(accelerator.device)
-        self.loss.to(accelerator.device)
+        self.exact_teacher = self.teacher
         if dtype != torch.float32:
+            # The report measures against the teacher as it is, not as it is rounded here; it waits on the CPU.
+            self.teacher = copy.deepcopy(self.teacher)
             keep_output_in_float32(self.unet)
             keep_output_in_float32(self.teacher.unet, body_dtype=dtype)
+        self.teacher.to(accelerator.device)
+        self.loss.to(accelerator.device)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
@@ -319,7 +363,8 @@ class Trainer:
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the paper's table 6
 
-        self.parameters = list(self.unet.parameters())
+        self.parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+        self.parameter_names = [name for name, parameter in self.unet.named_parameters() if parameter.requires_grad]
         options = {
             "lr": config.learning_rate,
             "betas": (config.adam_beta1, config.adam_beta2),
@@ -350,8 +395,8 @@ class Trainer:
     def _step(self, step: int) -> tuple[float, float, bool]:
         """One optimizer step: the mean loss over all processes, the gradient's norm, and whether it was taken."""
         config, accelerator = self.config, self.accelerator
-        losses = []
-        for micro_step in range(config.gradient_accumulation_steps):
+        losses, micro_steps = [], config.gradient_accumulation_steps
+        for micro_step in range(micro_steps):
             key = (config.seed, accelerator.process_index, step, micro_step)
             shape = (config.train_batch_size, *self.teacher.sample_shape)
             z, indices, generator = draw_batch(
@@ -359,21 +404,33 @@ class Trainer:
             )
             condition = self.teacher.draw_condition(config.train_batch_size, generator)
             condition = {name: value.to(accelerator.device) for name, value in condition.items()}
-            with accelerator.accumulate(self.student.unet):
-                loss = self.loss(self.student, self.teacher, z, indices, **condition).mean()
-                accelerator.backward(loss)
+            # gradients are averaged over the processes once, in the last backward pass
+            last = micro_step == micro_steps - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.student.unet):
+                with self._explain_nondeterminism():
+                    loss = self.loss(self.student, self.teacher, z, indices, **condition).mean()
+                    accelerator.backward(loss / micro_steps)
                 losses.append(loss.detach())
-                if accelerator.sync_gradients:
-                    max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
-                    grad_norm = accelerator.clip_grad_norm_(self.parameters, max_norm)
+        max_norm = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        grad_norm = accelerator.clip_grad_norm_(self.parameters, max_norm)
         loss = accelerator.reduce(torch.stack(losses).mean(), reduction="mean").item()
         # The same decision everywhere: the gradient is already averaged over the processes.
         finite = math.isfinite(loss) and bool(torch.isfinite(grad_norm))
-        if finite or accelerator.scaler is not None:
-            self.optimizer.step()  # with a scaler, also what lowers a scale that overflowed
-            finite = finite and not accelerator.optimizer_step_was_skipped
+        if finite:
+            self.optimizer.step()
+        elif accelerator.scaler is not None:
+            accelerator.scaler.update()  # lowers the scale if the gradient overflowed
         self.optimizer.zero_grad()
         return loss, grad_norm.item(), finite
+
+    @contextlib.contextmanager
+    def _explain_nondeterminism(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            raise TrainingStopped(f"{str(error).split('.')[0]}; pass --deterministic false.") from error
 
     def _explain_divergence(self, step: int, skipped: int) -> str:
         found = checkpoints.list_checkpoints(self.output_dir)
@@ -415,8 +472,9 @@ class Trainer:
         """A student of its own with the moving average, without accelerate's wrappers."""
         unet = type(self.unet).from_config(self.unet.config)
         unet.load_state_dict(self.unet.state_dict())
+        averages = dict(zip(self.parameter_names, self._saved_ema.shadow_params, strict=True))
+        unet.load_state_dict(averages, strict=False)
         unet.to(self.accelerator.device).eval().requires_grad_(False)
-        self._saved_ema.copy_to(unet.parameters())
         return TrajectoryModel(unet, self.scheduler)
 
     # --- what is written ---------------------------------------------------------------------------------------------
@@ -424,20 +482,22 @@ class Trainer:
     def _start_output(self):
         """Makes the folder ready: no leftovers, the configuration, the metrics cut back to the checkpoint."""
         step = self.state.get("step", 0)
-        if self.accelerator.is_main_process:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            checkpoints.remove_partial(self.output_dir)
-            settings = {**self.config.to_dict(), "versions": _versions()}
-            (self.output_dir / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-            metrics = self.output_dir / METRICS_FILE
-            if metrics.exists():
-                lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-                partial = metrics.with_name(f".{METRICS_FILE}.partial")
-                partial.write_text("".join(line + "\n" for line in lines))
-                os.replace(partial, metrics)
+        settings = {name: value for name, value in self.config.to_dict().items() if name != "preset"}
+        flat = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
+        try:
+            if self.accelerator.is_main_process:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                checkpoints.remove_partial(self.output_dir)
+                text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+                checkpoints.write_text(self.output_dir / CONFIG_FILE, f"# {_versions()}\n{text}")
+                metrics = self.output_dir / METRICS_FILE
+                if metrics.exists():
+                    lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+                    checkpoints.write_text(metrics, "".join(line + "\n" for line in lines))
+            self.accelerator.init_trackers("pid_diffusers", config=flat)
+        except OSError as error:
+            raise InputError(f"output_dir is {str(self.output_dir)!r}, which cannot be written ({error}).") from error
         self.accelerator.wait_for_everyone()
-        flat = {name: value for name, value in self.config.to_dict().items() if isinstance(value, int | float | str)}
-        self.accelerator.init_trackers("pid_diffusers", config=flat)
 
     def _log(self, figures: dict[str, float]):
         if not self.accelerator.is_main_process:
@@ -450,39 +510,63 @@ class Trainer:
             logger.warning(f"step {figures['step']} is missing in {METRICS_FILE}: {error}")
 
     def _save_checkpoint(self, counters: dict) -> Path | None:
-        """Writes a checkpoint and returns its path, or warns, removes the attempt, and returns `None`."""
+        """Writes a checkpoint and returns its path, or warns, removes the attempt, and returns `None`.
+
+        Every process comes past the same barriers, whether or not it could write.
+        """
         accelerator, step = self.accelerator, counters["step"]
         final = checkpoints.checkpoint_path(self.output_dir, step)
         partial = checkpoints.partial_path(self.output_dir, step)
-        try:
-            if accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            accelerator.wait_for_everyone()
-            accelerator.save_state(str(partial))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                names = [name for name, _ in self.unet.named_parameters()]
-                averages = {}
-                for decay, ema in self.emas.items():
-                    averages[str(decay)] = ema.optimization_step
-                    save_file(dict(zip(names, ema.shadow_params, strict=True)), partial / _ema_file(decay))
-                state = {**counters, "ema_steps": averages, "identity": self._identity(), "settings": self._settings()}
-                checkpoints.finish(partial, final, state)
-                checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
-        except WRITE_ERRORS as error:
+
+        def make_room():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def finish():
+            averages = {}
+            for decay, ema in self.emas.items():
+                averages[str(decay)] = ema.optimization_step
+                save_file(dict(zip(self.parameter_names, ema.shadow_params, strict=True)), partial / _ema_file(decay))
+            state = {**counters, "ema_steps": averages, "identity": self._identity(), "settings": self._settings()}
+            checkpoints.finish(partial, final, state)
+            checkpoints.prune(self.output_dir, self.config.checkpoints_total_limit)
+
+        main = accelerator.is_main_process
+        error = (
+            self._write(make_room if main else None)
+            or self._write(lambda: accelerator.save_state(str(partial)))
+            or self._write(finish if main else None)
+        )
+        if error and main:
             shutil.rmtree(partial, ignore_errors=True)
             logger.warning(f"the checkpoint of step {step} could not be written to {self.output_dir}: {error}")
-            final = None
-        accelerator.wait_for_everyone()
-        return final
+        return None if error else final
+
+    def _write(self, action: Callable[[], None] | None) -> str | None:
+        """Does it, waits until all processes have, and returns what went wrong here or elsewhere, if anything did."""
+        problem = None
+        try:
+            if action is not None:
+                action()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_write_error(error):
+                raise
+            problem = str(error)
+        failures = self.accelerator.reduce(torch.tensor(float(problem is not None), device=self.accelerator.device))
+        return problem or ("another process could not write" if failures.item() > 0 else None)
 
     def _load_checkpoint(self):
         self.accelerator.load_state(str(self.checkpoint))
-        self.lr_scheduler.last_epoch = self.state["step"]
+        # what the optimizer's state holds of the settings gives way to the settings
+        step, config = self.state["step"], self.config
+        self.lr_scheduler.last_epoch = step
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.lr_lambdas, strict=True):
+            group.update(lr=config.learning_rate * rate(step), initial_lr=config.learning_rate)
+            group.update(betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon)
+            group.update(weight_decay=config.adam_weight_decay)
         for decay, ema in self.emas.items():
             shadow = load_file(self.checkpoint / _ema_file(decay))
-            for (name, _), parameter in zip(self.unet.named_parameters(), ema.shadow_params, strict=True):
+            for name, parameter in zip(self.parameter_names, ema.shadow_params, strict=True):
                 parameter.copy_(shadow[name])
             ema.optimization_step = self.state["ema_steps"][str(decay)]
 
@@ -523,17 +607,17 @@ class Trainer:
 
     def _leave(self, counters: dict | None):
         name = signal.Signals(self.interrupted_by).name
-        if counters is None:
-            self.accelerator.print(f"{name}: stopped before the first step; nothing to save.")
-            return
-        path = checkpoints.checkpoint_path(self.output_dir, counters["step"])
-        if checkpoints.missing_files(path):
-            path = self._save_checkpoint(counters)
-        if path is not None:
-            self.accelerator.print(
-                f"{name}: stopped after step {counters['step']}, checkpoint in {path}; continue with"
-                " --resume_from_checkpoint latest."
-            )
+        path = None
+        if counters is not None:
+            path = checkpoints.checkpoint_path(self.output_dir, counters["step"])
+            if checkpoints.missing_files(path):
+                path = self._save_checkpoint(counters)
+        step = self.state.get("step", 0) if counters is None else counters["step"]
+        if path is None:
+            path = (checkpoints.list_checkpoints(self.output_dir) or [self.checkpoint])[-1]
+        where = "there is no checkpoint" if path is None else f"checkpoint in {path}"
+        how = "" if path is None else "; continue with --resume_from_checkpoint latest"
+        self.accelerator.print(f"{name}: stopped after step {step}, {where}{how}.")
 
 
 def _create_scheduler(config: TrainingConfig, teacher: Denoiser) -> PIDScheduler:
@@ -545,23 +629,27 @@ def _create_scheduler(config: TrainingConfig, teacher: Denoiser) -> PIDScheduler
         return PIDScheduler(**settings)
     except ValueError as error:
         raise InputError(str(error)) from error
+    except OverflowError as error:
+        raise InputError(
+            f"rho is {config.rho}, for which the grid cannot be computed; pass a number near 7."
+        ) from error
 
 
 def _create_student(config: TrainingConfig, teacher: Denoiser) -> nn.Module:
     if config.student_config is None:
-        return copy.deepcopy(teacher.unet).float().requires_grad_(True)
+        return copy.deepcopy(teacher.unet).float()
     path = Path(config.student_config)
-    path = path / "config.json" if path.is_dir() else path
+    path = path / "config.json" if os.path.isdir(path) else path
     try:
-        settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        settings = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"student_config is {config.student_config!r}, which cannot be read as JSON ({error.__class__.__name__});"
             " pass a UNet's config.json."
         ) from error
     name = settings.get("_class_name", type(teacher.unet).__name__)
-    cls = type(teacher.unet) if name == type(teacher.unet).__name__ else getattr(diffusers, name, None)
-    if cls is None or not issubclass(cls, nn.Module):
+    cls = type(teacher.unet) if name == type(teacher.unet).__name__ else getattr(diffusers, str(name), None)
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise InputError(f"student_config is {config.student_config!r}, whose _class_name, {name}, is no model class.")
     # What goes in and out is the teacher's: a student answers to the same images and conditions.
     shared = {k: teacher.unet.config[k] for k in ("sample_size", "in_channels", "out_channels", "num_class_embeds")}
@@ -601,7 +689,14 @@ def _first_difference(theirs, mine) -> str:
     return f"{key} is {theirs.get(key)} there, {mine.get(key)} here"
 
 
-def _versions() -> dict[str, str]:
-    import accelerate
+def _versions() -> str:
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__, "accelerate": accelerate.__version__}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
-    return {"torch": str(torch.__version__), "diffusers": diffusers.__version__, "accelerate": accelerate.__version__}
+
+def _is_write_error(error: Exception) -> bool:
+    """Whether it means a full disk or an unwritable folder, for which torch.save has no exception of its own."""
+    return not isinstance(error, RuntimeError) or any(
+        text in str(error)
+        for text in ("PytorchStreamWriter", "inline_container", "unexpected pos", "cannot be opened")
+    )

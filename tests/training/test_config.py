@@ -24,6 +24,18 @@ def test_flags_override_the_preset_which_overrides_the_defaults(tmp_path):
     assert config.rho == TrainingConfig().rho
 
 
+def test_none_unsets_what_is_optional():
+    config = parse_config(["--max_grad_norm", "none", "--eval_classifier", "None", "--report_to", "none"])
+    assert (config.max_grad_norm, config.eval_classifier, config.report_to) == (None, None, "none")
+    with pytest.raises(InputError, match="invalid float value: 'none'"):
+        parse_config(["--learning_rate", "none"])
+
+
+def test_a_yaml_no_is_the_precision_of_that_name(tmp_path):
+    (tmp_path / "mine.yaml").write_text("teacher: digits\nmixed_precision: no\n")
+    assert parse_config(["--preset", str(tmp_path / "mine.yaml")]).mixed_precision == "no"
+
+
 def test_booleans_are_flags_and_can_be_turned_off():
     assert parse_config(["--gradient_checkpointing"]).gradient_checkpointing is True
     assert parse_config(["--deterministic", "false"]).deterministic is False

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from pid_diffusers import InputError, OneStepPIDPipeline, PIDLoss, TrajectoryModel
 from pid_diffusers.evaluation.report import RunReport
-from pid_diffusers.training import Trainer, TrainingConfig, TrainingStopped
+from pid_diffusers.training import Trainer, TrainingConfig, TrainingStopped, parse_config
 from pid_diffusers.training.checkpoints import STATE_FILE, list_checkpoints
 from pid_diffusers.training.noise import draw_batch
 
@@ -189,11 +189,25 @@ def test_accumulated_micro_steps_give_the_gradient_of_their_mean(settings):
     assert first["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
+def test_accumulation_is_that_of_the_settings_whatever_the_launcher_or_a_checkpoint_says(settings, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    train(settings, max_train_steps=3, checkpointing_steps=1)
+    train(
+        settings,
+        checkpointing_steps=1,
+        gradient_accumulation_steps=2,
+        resume_from_checkpoint="latest",
+        logging_steps=1,
+    )
+    saved = [load_file(path / "model.safetensors") for path in list_checkpoints(Path(settings["output_dir"]))]
+    assert len(saved) == 6
+    assert not any(same(a, b) for a, b in itertools.pairwise(saved))
+
+
 def test_the_learning_rate_follows_warmup_and_cosine_over_optimizer_steps(settings):
     train(settings, lr_scheduler="linear", lr_warmup_steps=2, gradient_accumulation_steps=2)
     rates = [line["learning_rate"] for line in metrics(settings["output_dir"])]
-    # after step k the rate of step k + 1 is set
-    assert rates == pytest.approx([0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3, 0.0])
+    assert rates == pytest.approx([0.0, 0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
 
 
 def test_only_the_newest_checkpoints_are_kept(settings):
@@ -210,7 +224,7 @@ def test_a_student_of_another_shape_learns_and_is_saved(settings, tmp_path):
     assert len(pipe(class_labels=[0, 1]).images) == 2
 
 
-@pytest.mark.parametrize("options", [{"mixed_precision": "bf16"}, {"mixed_precision": "fp16"}])
+@pytest.mark.parametrize("options", [{"mixed_precision": "bf16"}, {"split_batch": True}, {"report_to": "tensorboard"}])
 def test_options_of_computation_train(settings, options):
     result = train(settings, **options)
     assert result.skipped_steps == 0
@@ -261,6 +275,74 @@ def test_nonfinite_steps_are_skipped_and_counted(settings):
     changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
     assert changed == [False, False, True, True, True]
     assert [line["skipped_steps"] for line in metrics(settings["output_dir"])] == [0, 1, 2, 2, 2, 2]
+
+
+class InfiniteLoss(torch.nn.Module):
+    """The loss, plus infinity in one of its calls: the gradient is finite all the same."""
+
+    def __init__(self, loss, failing):
+        super().__init__()
+        self.loss, self.failing, self.calls = loss, failing, 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.loss(*args, **kwargs) + (float("inf") if self.calls - 1 == self.failing else 0.0)
+
+
+class HalfPrecisionTrainer(Trainer):
+    """A trainer in the state that accelerate sets up for fp16 on a GPU; torch has what it takes for the CPU, too."""
+
+    def _create_accelerator(self):
+        accelerator = super()._create_accelerator()
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+        accelerator.scaler = torch.amp.GradScaler("cpu")
+        return accelerator
+
+
+def half_precision_trainer(settings, **changes):
+    AcceleratorState._reset_state(True)
+    return HalfPrecisionTrainer(TrainingConfig(**{**settings, **changes}).validate())
+
+
+def test_half_precision_trains_float32_weights_and_resumes_to_the_same_bits(settings, tmp_path):
+    straight = half_precision_trainer(settings).train()
+    assert straight.skipped_steps == 0
+    assert all(parameter.dtype == torch.float32 for parameter in straight.student.unet.parameters())
+    assert all(parameter.dtype == torch.float32 for parameter in straight.teacher.parameters())
+    single = train({**settings, "output_dir": str(tmp_path / "float32")})
+    assert not same(straight.student.unet.state_dict(), single.student.unet.state_dict())
+    for a, b in zip(straight.student.unet.parameters(), single.student.unet.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=5e-3, rtol=0)
+
+    part = {**settings, "output_dir": str(tmp_path / "part")}
+    half_precision_trainer(part, max_train_steps=2).train()
+    resumed = half_precision_trainer(part, resume_from_checkpoint="latest")
+    assert same(resumed.train().student.unet.state_dict(), straight.student.unet.state_dict())
+    with pytest.raises(InputError, match="another mixed_precision .fp16 there, no here"):
+        train(part, resume_from_checkpoint="latest")
+
+
+def test_an_infinite_loss_with_a_gradient_scaler_changes_no_weight(settings):
+    trainer = half_precision_trainer(settings, validation_steps=1)
+    trainer.loss = InfiniteLoss(trainer.loss, 2)
+    seen = []
+
+    def validate(student, teacher, step):
+        seen.append([parameter.clone() for parameter in student.unet.parameters()])
+        return {}
+
+    result = trainer.train(validate)
+    assert (result.steps, result.skipped_steps) == (6, 1)
+    changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
+    assert changed == [True, False, True, True, True]
+
+
+def test_a_run_that_learns_nothing_saves_nothing(settings):
+    trainer = Trainer(TrainingConfig(**settings).validate())
+    trainer.loss = FailingLoss(trainer.loss, range(100))
+    with pytest.raises(TrainingStopped, match="not finite in any of the 6 steps"):
+        trainer.train()
+    assert not (Path(settings["output_dir"]) / "model_index.json").exists()
 
 
 def test_too_many_nonfinite_steps_stop_the_run_and_name_the_last_checkpoint(settings):
@@ -341,6 +423,11 @@ BAD_INPUT = {
     "unknown distance": ({"distance": "l3"}, "distance is 'l3'.*pseudo_huber"),
     "no batch": ({"train_batch_size": 0}, "train_batch_size is 0"),
     "no steps": ({"max_train_steps": 0}, "max_train_steps is 0"),
+    "a classifier of other images": ({"eval_classifier": "digits"}, "eval_classifier is 'digits'.*in 3 classes"),
+    "a seed too large": ({"seed": 5_000_000_000}, "seed is 5000000000"),
+    "a decay of 1.5": ({"adam_beta1": 1.5}, "adam_beta1 is 1.5"),
+    "a grid beyond floats": ({"rho": 1e-3}, "rho is 0.001"),
+    "fp16 on a CPU": ({"mixed_precision": "fp16"}, "mixed_precision is 'fp16', which needs a GPU"),
     "unknown tracker": ({"report_to": "notebook"}, "report_to is 'notebook'"),
     "absent checkpoint": ({"resume_from_checkpoint": "/nonexistent"}, "resume_from_checkpoint is '/nonexistent'"),
     "unreadable student": ({"student_config": "/nonexistent.json"}, "student_config is '/nonexistent.json'"),
@@ -355,11 +442,70 @@ BAD_INPUT = {
 
 @pytest.mark.parametrize(("changes", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
 def test_bad_input_is_answered_in_one_sentence_before_anything_is_written(settings, changes, message):
+    if changes.get("mixed_precision") == "fp16" and torch.cuda.is_available():
+        pytest.skip("a GPU can do it")
     with pytest.raises(InputError, match=message) as caught:
         train(settings, **changes)
     assert "\n" not in str(caught.value)
     folder = Path(settings["output_dir"])
     assert not folder.exists() or not any(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        [1],
+        {"_class_name": 5},
+        {"_class_name": "pipelines"},
+        {"_class_name": "AutoencoderKL"},
+        {"block_out_channels": [7, 7]},
+        {**UNET, "num_class_embeds": 4},
+        {
+            **UNET,
+            "block_out_channels": [8] * 5,
+            "down_block_types": ["DownBlock2D"] * 5,
+            "up_block_types": ["UpBlock2D"] * 5,
+        },
+    ],
+    ids=str,
+)
+def test_a_student_that_does_not_fit_is_answered_in_one_sentence(settings, tmp_path, student):
+    (tmp_path / "student.json").write_text(json.dumps(student))
+    with pytest.raises(InputError, match="student_config"):
+        train(settings, student_config=str(tmp_path / "student.json"))
+
+
+@pytest.mark.parametrize("config", [{"sample_size": None}, {"out_channels": 2}, {"sample_size": 9}])
+def test_a_teacher_that_cannot_be_evaluated_is_answered_in_one_sentence(settings, tmp_path, config):
+    folder = str(tmp_path / "odd")
+    ConsistencyModelPipeline(UNet2DModel(**{**UNET, **config}), EDMEulerScheduler()).save_pretrained(folder)
+    with pytest.raises(InputError, match="teacher is .*odd"):
+        train(settings, teacher=folder)
+
+
+def test_going_back_to_an_older_checkpoint_needs_the_newer_ones_out_of_the_way(settings):
+    train(settings)
+    folder = Path(settings["output_dir"])
+    with pytest.raises(InputError, match="but checkpoint-6 is newer"):
+        train(settings, resume_from_checkpoint="checkpoint-2")
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_optimizer_settings_that_change_at_a_resume_take_effect(settings, capsys):
+    train(settings, max_train_steps=2)
+    trainer = Trainer(
+        TrainingConfig(**settings, resume_from_checkpoint="latest", adam_weight_decay=0.5, adam_beta1=0.5).validate()
+    )
+    trainer.train()
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+    assert "adam_weight_decay (0.0 → 0.5)" in capsys.readouterr().out
+
+
+def test_the_settings_of_a_run_are_a_preset(settings):
+    train(settings)
+    again = parse_config(["--preset", str(Path(settings["output_dir"]) / "config.yaml")]).to_dict()
+    assert {**again, "preset": None} == {**TrainingConfig(**settings).to_dict(), "preset": None}
 
 
 def test_a_folder_with_another_run_is_not_touched(settings):
@@ -373,17 +519,18 @@ def test_a_folder_with_another_run_is_not_touched(settings):
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"student_config": "small.json"}, "another network"),
+        ({"student_config": {**UNET, "block_out_channels": [4, 8]}}, "another network"),
+        ({"student_config": {**UNET, "attention_head_dim": 4}}, "another network .attention_head_dim is 8 there, 4"),
         ({"num_train_timesteps": 11}, "another trajectory function.*num_train_timesteps is 10 there, 11 here"),
         ({"optimizer": "adamw"}, "another optimizer.*radam there, adamw here"),
         ({"ema_decays": [0.5]}, "another list of ema_decays"),
     ],
 )
 def test_a_checkpoint_of_another_student_is_refused(settings, tmp_path, changes, difference):
-    (tmp_path / "small.json").write_text(json.dumps({**UNET, "block_out_channels": (4, 8)}))
     train(settings)
     if "student_config" in changes:
-        changes = {"student_config": str(tmp_path / "small.json")}
+        (tmp_path / "other.json").write_text(json.dumps(changes["student_config"]))
+        changes = {"student_config": str(tmp_path / "other.json")}
     with pytest.raises(InputError, match=difference):
         train(settings, resume_from_checkpoint="latest", **changes)
 
