@@ -30,13 +30,11 @@ from tqdm.auto import tqdm
 
 from ..denoisers import Denoiser
 from ..errors import InputError
-from ..losses import PIDLoss
-from ..losses.distances import get_distance
 from ..pipelines import OneStepPIDPipeline
 from ..precision import keep_output_in_float32
-from ..schedulers import PIDScheduler
 from ..trajectory import TrajectoryModel
 from . import checkpoints
+from .build import check_fit, create_loss, create_scheduler, create_student
 from .config import TrainingConfig
 from .noise import draw_batch
 
@@ -94,20 +92,11 @@ class Trainer:
         self.config = config
         self.output_dir = Path(config.output_dir)
         self.teacher = Denoiser.from_pretrained(config.teacher).eval()
-        self.scheduler = _create_scheduler(config, self.teacher)
-        labels = config.validation_class_labels
-        if labels is not None and (
-            self.teacher.num_classes is None or not all(0 <= c < self.teacher.num_classes for c in labels)
-        ):
-            known = self.teacher.num_classes
-            raise InputError(
-                f"validation_class_labels is {labels}; "
-                + ("the teacher is unconditional, leave it out." if known is None else f"use 0 to {known - 1}.")
-            )
-        self.unet = _create_student(config, self.teacher)
+        self.scheduler = create_scheduler(config, self.teacher)
+        self.unet = create_student(config, self.teacher)
         self.teacher.requires_grad_(False)
-        self.loss = _create_loss(config)
-        self._check_fit()
+        self.loss = create_loss(config)
+        check_fit(config, TrajectoryModel(self.unet, self.scheduler), self.teacher, self.loss)
         self.checkpoint = self._check_output_dir()
         self.accelerator = self._create_accelerator()
         self.state = self._check_checkpoint()
@@ -317,31 +306,6 @@ class Trainer:
         # `_step` accumulates by itself, whatever the launcher's environment says
         accelerator.gradient_accumulation_steps = 1
         return accelerator
-
-    def _check_fit(self):
-        """One evaluation of the loss, so that what does not fit together is found before anything is written."""
-        config, teacher = self.config, self.teacher
-        try:
-            shape = (1, *teacher.sample_shape)
-            z, indices, generator = draw_batch(
-                shape, self.scheduler.config.sigma_max, config.num_train_timesteps, (0, 0, 0, 0), torch.device("cpu")
-            )
-            condition = teacher.draw_condition(1, generator)
-            with torch.no_grad():
-                self.loss(TrajectoryModel(self.unet, self.scheduler), teacher, z, indices, **condition)
-        except InputError:
-            raise
-        except Exception as error:
-            what = "teacher" if config.student_config is None else "student_config"
-            raise InputError(
-                f"{what} is {getattr(config, what)!r}, whose network cannot be evaluated on images of its own size"
-                f" ({error.__class__.__name__}: {' '.join(str(error).split())}); pass another one."
-            ) from error
-        if config.eval_classifier == "digits" and (shape[1:], teacher.num_classes) != ((1, 8, 8), 10):
-            raise InputError(
-                f"eval_classifier is 'digits', which reads images of shape (1, 8, 8) in 10 classes; the teacher's have"
-                f" shape {shape[1:]} in {teacher.num_classes or 'no'} classes, so pass --eval_classifier none."
-            )
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -618,57 +582,6 @@ class Trainer:
         where = "there is no checkpoint" if path is None else f"checkpoint in {path}"
         how = "" if path is None else "; continue with --resume_from_checkpoint latest"
         self.accelerator.print(f"{name}: stopped after step {step}, {where}{how}.")
-
-
-def _create_scheduler(config: TrainingConfig, teacher: Denoiser) -> PIDScheduler:
-    settings = {"num_train_timesteps": config.num_train_timesteps, "rho": config.rho, **teacher.trajectory_config}
-    for name in ("sigma_min", "sigma_max", "sigma_data", "prediction_type"):
-        if getattr(config, name) is not None:
-            settings[name] = getattr(config, name)
-    try:
-        return PIDScheduler(**settings)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    except OverflowError as error:
-        raise InputError(
-            f"rho is {config.rho}, for which the grid cannot be computed; pass a number near 7."
-        ) from error
-
-
-def _create_student(config: TrainingConfig, teacher: Denoiser) -> nn.Module:
-    if config.student_config is None:
-        return copy.deepcopy(teacher.unet).float()
-    path = Path(config.student_config)
-    path = path / "config.json" if os.path.isdir(path) else path
-    try:
-        settings = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"student_config is {config.student_config!r}, which cannot be read as JSON ({error.__class__.__name__});"
-            " pass a UNet's config.json."
-        ) from error
-    name = settings.get("_class_name", type(teacher.unet).__name__)
-    cls = type(teacher.unet) if name == type(teacher.unet).__name__ else getattr(diffusers, str(name), None)
-    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
-        raise InputError(f"student_config is {config.student_config!r}, whose _class_name, {name}, is no model class.")
-    # What goes in and out is the teacher's: a student answers to the same images and conditions.
-    shared = {k: teacher.unet.config[k] for k in ("sample_size", "in_channels", "out_channels", "num_class_embeds")}
-    for key, value in shared.items():
-        if settings.setdefault(key, value) != value:
-            raise InputError(f"student_config sets {key} to {settings[key]!r}; the teacher's is {value!r}, use that.")
-    torch.manual_seed(config.seed)
-    try:
-        return cls.from_config(settings)
-    except Exception as error:
-        raise InputError(
-            f"student_config is {config.student_config!r}, from which no {name} can be built: {error}"
-        ) from error
-
-
-def _create_loss(config: TrainingConfig) -> PIDLoss:
-    options = {"pseudo_huber": {"c": config.huber_c}, "lpips": {"vgg_weights": config.lpips_vgg_weights}}
-    distance = get_distance(config.distance, **options.get(config.distance, {}))
-    return PIDLoss(scheme=config.scheme, distance=distance, split_batch=config.split_batch)
 
 
 def _ema_file(decay: float) -> str:

@@ -1,0 +1,106 @@
+"""What a run is made of, from its settings and its teacher."""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import nn
+
+from ..denoisers import Denoiser
+from ..errors import InputError
+from ..losses import PIDLoss
+from ..losses.distances import get_distance
+from ..schedulers import PIDScheduler
+from ..trajectory import TrajectoryModel
+from .config import TrainingConfig
+from .noise import draw_batch
+
+
+def create_scheduler(config: TrainingConfig, teacher: Denoiser) -> PIDScheduler:
+    """The teacher's own range, head and time conditioning, unless the settings say otherwise."""
+    settings = {"num_train_timesteps": config.num_train_timesteps, "rho": config.rho, **teacher.trajectory_config}
+    for name in ("sigma_min", "sigma_max", "sigma_data", "prediction_type"):
+        if getattr(config, name) is not None:
+            settings[name] = getattr(config, name)
+    try:
+        return PIDScheduler(**settings)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    except OverflowError as error:
+        raise InputError(
+            f"rho is {config.rho}, for which the grid cannot be computed; pass a number near 7."
+        ) from error
+
+
+def create_student(config: TrainingConfig, teacher: Denoiser) -> nn.Module:
+    """A copy of the teacher's network in float32, or a network of `student_config` with random weights."""
+    if config.student_config is None:
+        return copy.deepcopy(teacher.unet).float()
+    path = Path(config.student_config)
+    path = path / "config.json" if os.path.isdir(path) else path
+    try:
+        settings = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(
+            f"student_config is {config.student_config!r}, which cannot be read as JSON ({error.__class__.__name__});"
+            " pass a UNet's config.json."
+        ) from error
+    name = settings.get("_class_name", type(teacher.unet).__name__)
+    cls = type(teacher.unet) if name == type(teacher.unet).__name__ else getattr(diffusers, str(name), None)
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module):
+        raise InputError(f"student_config is {config.student_config!r}, whose _class_name, {name}, is no model class.")
+    # What goes in and out is the teacher's: a student answers to the same images and conditions.
+    shared = {k: teacher.unet.config[k] for k in ("sample_size", "in_channels", "out_channels", "num_class_embeds")}
+    for key, value in shared.items():
+        if settings.setdefault(key, value) != value:
+            raise InputError(f"student_config sets {key} to {settings[key]!r}; the teacher's is {value!r}, use that.")
+    torch.manual_seed(config.seed)
+    try:
+        return cls.from_config(settings)
+    except Exception as error:
+        raise InputError(
+            f"student_config is {config.student_config!r}, from which no {name} can be built"
+            f" ({' '.join(str(error).split())}); pass a UNet's config.json."
+        ) from error
+
+
+def create_loss(config: TrainingConfig) -> PIDLoss:
+    """The loss with its scheme and distance."""
+    options = {"pseudo_huber": {"c": config.huber_c}, "lpips": {"vgg_weights": config.lpips_vgg_weights}}
+    distance = get_distance(config.distance, **options.get(config.distance, {}))
+    return PIDLoss(scheme=config.scheme, distance=distance, split_batch=config.split_batch)
+
+
+def check_fit(config: TrainingConfig, student: TrajectoryModel, teacher: Denoiser, loss: PIDLoss):
+    """
+    Evaluates the loss once, so that what does not fit together is found before anything is written.
+
+    Raises:
+        InputError: if a network cannot be evaluated, or the validation's classes or classifier are not the teacher's.
+    """
+    labels, known = config.validation_class_labels, teacher.num_classes
+    if labels is not None and (known is None or not all(0 <= label < known for label in labels)):
+        fix = "the teacher is unconditional, leave it out" if known is None else f"use 0 to {known - 1}"
+        raise InputError(f"validation_class_labels is {labels}; {fix}.")
+    try:
+        shape = (1, *teacher.sample_shape)
+        sigma_max = student.scheduler.config.sigma_max
+        z, indices, generator = draw_batch(shape, sigma_max, config.num_train_timesteps, (0, 0, 0, 0), "cpu")
+        with torch.no_grad():
+            loss(student, teacher, z, indices, **teacher.draw_condition(1, generator))
+    except InputError:
+        raise
+    except Exception as error:
+        what = "teacher" if config.student_config is None else "student_config"
+        raise InputError(
+            f"{what} is {getattr(config, what)!r}, whose network cannot be evaluated on images of its own size"
+            f" ({error.__class__.__name__}: {' '.join(str(error).split())}); pass another one."
+        ) from error
+    if config.eval_classifier == "digits" and (shape[1:], known) != ((1, 8, 8), 10):
+        raise InputError(
+            "eval_classifier is 'digits', which reads images of shape (1, 8, 8) in 10 classes; the teacher's have"
+            f" shape {shape[1:]} in {known or 'no'} classes, so pass --eval_classifier none."
+        )
