@@ -1,7 +1,12 @@
 """Distils a diffusion model to one step: accelerate launch train_pid.py [--preset NAME] [--teacher PIPELINE] …"""
 
 import logging
+import os
 import sys
+
+# OpenMP reads it when torch is imported. By default waiting threads spin, and beside another busy process on the same
+# cores a step takes ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from diffusers.utils.logging import disable_progress_bar
 
