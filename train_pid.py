@@ -28,6 +28,7 @@ def main() -> int:
         if result.interrupted_by is not None:
             return 128 + result.interrupted_by
         if result.is_main_process:
+            print("Measuring and drawing: the teacher takes many steps an image, the student one …", flush=True)
             try:
                 print(report.finish(result))
             except OSError as error:

@@ -109,15 +109,15 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(arguments, straight
     assert (folder / "metrics.jsonl").read_text().count("\n") == 60
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to the launcher"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to the launcher", "SIGTERM to the group"])
 def test_ending_the_launcher_leaves_a_checkpoint(arguments, tmp_path, how):
     folder = tmp_path / "ended"
     process = start(command(ACCELERATE, [*arguments, "--max_train_steps", "100000"], folder))
     wait_for(folder / "checkpoint-3", process)
-    if how == "Ctrl-C":  # a terminal sends SIGINT to launcher and script alike
-        os.killpg(process.pid, signal.SIGINT)
-    else:
+    if how == "SIGTERM to the launcher":
         process.send_signal(signal.SIGTERM)
+    else:  # as a terminal and a job scheduler do: launcher and script alike
+        os.killpg(process.pid, signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
     output = process.communicate(timeout=60)[0]  # until the script has closed its output, too
     name = "SIGINT" if how == "Ctrl-C" else "SIGTERM"
     assert f"{name}: stopped after step" in output

@@ -113,5 +113,5 @@ def _find(teacher: str | Path) -> Path:
         return Path(DiffusionPipeline.download(str(teacher)))
     except HFValidationError as error:
         raise InputError(f"{missing}; {fix}") from error
-    except Exception as error:  # no network, no such repo, no permission: the Hub's client says which
-        raise InputError(f"{missing} that can be read ({' '.join(str(error).split())}); {fix}") from error
+    except Exception as error:  # no network, no such repo, no permission
+        raise InputError(f"{missing} that can be read from here ({type(error).__name__}); {fix}") from error

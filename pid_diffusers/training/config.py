@@ -1,5 +1,6 @@
 """Every setting of a run: one dataclass, whose fields are the flags of `train_pid.py` and the keys of a preset."""
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -182,7 +183,12 @@ def parse_config(args: list[str] | None = None) -> TrainingConfig:
         InputError: for an unknown flag, key or preset, or a value that cannot be read; from `validate`, too.
     """
     args = sys.argv[1:] if args is None else args
-    parser = _Parser(TrainingConfig, allow_abbrev=False, description="Distils a diffusion model to one step with PID.")
+    parser = _Parser(
+        TrainingConfig,
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,  # without the defaults, which the preset overrides
+        description="Distils a diffusion model to one step with PID. What no flag says, the preset does.",
+    )
     preset = parser.parse_args(args).preset
     settings = load_preset(preset)
     from_preset = []
@@ -235,8 +241,8 @@ def _is_list(annotation) -> bool:
     return any(typing.get_origin(member) is list for member in members)
 
 
-def _nearest(name: str, names: typing.Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
+def _nearest(name: str, names: typing.Iterable[str], cutoff: float = 0.0) -> str:
+    nearest = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)
     return f"; did you mean {nearest[0]!r}?" if nearest else "."
 
 
@@ -261,6 +267,6 @@ class _Parser(HfArgumentParser):
         if not prefix and unknown.startswith("--"):
             flag = unknown.split()[0].split("=")[0]
             names = [f.name for f in dataclasses.fields(TrainingConfig)]
-            nearest = _nearest(flag[2:], names).replace("did you mean '", "did you mean '--")
-            raise InputError(f"{flag} is no flag{nearest}")
+            nearest = _nearest(flag[2:], names, cutoff=0.7).replace("did you mean '", "did you mean '--")
+            raise InputError(f"{flag} is no flag{nearest if len(nearest) > 1 else '; --help lists them.'}")
         raise InputError(f"{message}; --help lists the flags.")

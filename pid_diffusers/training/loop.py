@@ -210,6 +210,11 @@ class Trainer:
             + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + f", {self.accelerator.num_processes} process(es), precision {self.accelerator.mixed_precision}."
             + (f"\nContinuing from {self.checkpoint}." if self.checkpoint else "")
+            + (
+                "\nThere is nothing left to train; raise --max_train_steps to go on."
+                if self.state.get("step", 0) >= config.max_train_steps
+                else ""
+            )
             + (f"\nSettings that differ from the checkpoint's: {', '.join(changed)}." if changed else "")
             + (
                 "\nNo checkpoint yet: starting at step 0."
@@ -453,7 +458,8 @@ class Trainer:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 checkpoints.remove_partial(self.output_dir)
                 text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-                checkpoints.write_text(self.output_dir / CONFIG_FILE, f"# {_versions()}\n{text}")
+                if step < self.config.max_train_steps:  # else nothing is trained with these settings
+                    checkpoints.write_text(self.output_dir / CONFIG_FILE, f"# {_versions()}\n{text}")
                 metrics = self.output_dir / METRICS_FILE
                 if metrics.exists():
                     lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
@@ -547,12 +553,17 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end training after the step under way; the second one ends it at once."""
+        """SIGINT and SIGTERM end training after the step under way; a second SIGINT ends it at once."""
 
         def request_stop(number, frame):
-            # Ctrl-C ends the launcher as well, whose end may arrive here as a SIGTERM: the first one counts
-            self.interrupted_by = self.interrupted_by or number
-            signal.signal(number, previous[number])
+            # What ends the launcher as well arrives twice, then as the SIGTERM of its end: the first one counts.
+            first, self.interrupted_by = self.interrupted_by is None, self.interrupted_by or number
+            if number == signal.SIGINT:
+                signal.signal(number, previous[number])
+            if first and self.accelerator.is_main_process:
+                again = "; press Ctrl-C again to quit without" if number == signal.SIGINT else ""
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: finishing this step and writing a checkpoint{again}.\n".encode())
 
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         for number in previous:
@@ -580,8 +591,9 @@ class Trainer:
         if path is None:
             path = (checkpoints.list_checkpoints(self.output_dir) or [self.checkpoint])[-1]
         where = "there is no checkpoint" if path is None else f"checkpoint in {path}"
-        how = "" if path is None else "; continue with --resume_from_checkpoint latest"
-        self.accelerator.print(f"{name}: stopped after step {step}, {where}{how}.")
+        how = f"; continue with --output_dir {self.output_dir} --resume_from_checkpoint latest" if path else ""
+        if self.accelerator.is_main_process:
+            tqdm.write(f"{name}: stopped after step {step}, {where}{how}.")
 
 
 def _ema_file(decay: float) -> str:
