@@ -5,7 +5,7 @@ import os
 import sys
 
 # OpenMP reads it when torch is imported. By default waiting threads spin, and beside another busy process on the same
-# cores a step takes ten times as long.
+# cores a step takes several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from diffusers.utils.logging import disable_progress_bar

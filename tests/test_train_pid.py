@@ -11,27 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ConsistencyModelPipeline, EDMEulerScheduler, UNet2DModel
+from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def arguments(tmp_path_factory):
-    torch.manual_seed(0)
+def arguments(tiny_unet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher")
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        num_class_embeds=10,
-    )
+    unet = tiny_unet(in_channels=1, out_channels=1, num_class_embeds=10)
     ConsistencyModelPipeline(unet, EDMEulerScheduler()).save_pretrained(folder)
     return [
         *("--teacher", str(folder), "--max_train_steps", "60", "--train_batch_size", "4"),

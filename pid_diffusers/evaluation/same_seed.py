@@ -84,13 +84,14 @@ def same_seed_samples(
     """
     device = next(student.parameters()).device
     z, condition = draw_starts(student, teacher, num_samples, seed, class_labels)
+    sigmas = student.scheduler.grid(heun_steps + 1).tolist()
     students, teachers = [], []
     for i in range(0, num_samples, batch_size):
         batch = z[i : i + batch_size].to(device)
         some = {name: value[i : i + batch_size].to(device) for name, value in condition.items()}
         students.append(student(batch, student.scheduler.config.sigma_min, **some).cpu())
         x = batch.to(widest_float(device))
-        for interval in itertools.pairwise(student.scheduler.grid(heun_steps + 1).tolist()):
+        for interval in itertools.pairwise(sigmas):
             x = heun(teacher, x, interval, **some)[-1]  # one at a time: the states between are not needed
         teachers.append(x.float().cpu())
     return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition)

@@ -180,17 +180,13 @@ class Trainer:
         if skipped == step > 0:
             raise TrainingStopped(f"loss or gradient were not finite in any of the {step} steps; nothing was learnt.")
         student = self._ema_student()
-        if interrupted is None and accelerator.is_main_process:
-            try:
-                self._save_pipeline(student)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                if not _is_write_error(error):
-                    raise
+        if interrupted is None:
+            error = self._write((lambda: self._save_pipeline(student)) if accelerator.is_main_process else None)
+            if error:
                 raise TrainingStopped(
                     f"the pipeline could not be saved to {self.output_dir} ({error}); make room, then run again with"
                     " --resume_from_checkpoint latest to save it from the last checkpoint."
-                ) from error
-        accelerator.wait_for_everyone()
+                )
         accelerator.end_training()
         teacher = self.exact_teacher.to(accelerator.device)
         return TrainingResult(student, teacher, step, skipped, seconds, interrupted, accelerator.is_main_process)
@@ -455,7 +451,6 @@ class Trainer:
         flat = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
         try:
             if self.accelerator.is_main_process:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
                 checkpoints.remove_partial(self.output_dir)
                 text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
                 if step < self.config.max_train_steps:  # else nothing is trained with these settings

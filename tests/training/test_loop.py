@@ -204,7 +204,7 @@ def test_accumulation_is_that_of_the_settings_whatever_the_launcher_or_a_checkpo
     assert not any(same(a, b) for a, b in itertools.pairwise(saved))
 
 
-def test_the_learning_rate_follows_warmup_and_cosine_over_optimizer_steps(settings):
+def test_the_learning_rate_follows_warmup_and_decay_over_optimizer_steps(settings):
     train(settings, lr_scheduler="linear", lr_warmup_steps=2, gradient_accumulation_steps=2)
     rates = [line["learning_rate"] for line in metrics(settings["output_dir"])]
     assert rates == pytest.approx([0.0, 0.5e-3, 1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
@@ -250,20 +250,20 @@ def test_dropout_of_the_teacher_is_not_the_students(settings, tmp_path, teacher)
 
 
 class FailingLoss(torch.nn.Module):
-    """A loss that is not a number at some of its calls, counted from 0."""
+    """A loss to which `failure` is done at some of its calls, counted from 0."""
 
-    def __init__(self, loss, failing):
+    def __init__(self, loss, failing, failure=lambda value: value * float("nan")):
         super().__init__()
-        self.loss, self.failing, self.calls = loss, failing, 0
+        self.loss, self.failing, self.failure, self.calls = loss, failing, failure, 0
 
     def forward(self, *args, **kwargs):
+        value = self.loss(*args, **kwargs)
         self.calls += 1
-        return self.loss(*args, **kwargs) * (float("nan") if self.calls - 1 in self.failing else 1.0)
+        return self.failure(value) if self.calls - 1 in self.failing else value
 
 
-def test_nonfinite_steps_are_skipped_and_counted(settings):
-    trainer = Trainer(TrainingConfig(**settings, validation_steps=1).validate())
-    trainer.loss = FailingLoss(trainer.loss, {1, 2})
+def train_and_see_changes(trainer):
+    """The result, and for each step from the second on whether it changed the moving average."""
     seen = []
 
     def validate(student, teacher, step):
@@ -271,22 +271,18 @@ def test_nonfinite_steps_are_skipped_and_counted(settings):
         return {}
 
     result = trainer.train(validate)
+    return result, [
+        any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)
+    ]
+
+
+def test_nonfinite_steps_are_skipped_and_counted(settings):
+    trainer = Trainer(TrainingConfig(**settings, validation_steps=1).validate())
+    trainer.loss = FailingLoss(trainer.loss, {1, 2})
+    result, changed = train_and_see_changes(trainer)
     assert (result.steps, result.skipped_steps) == (6, 2)
-    changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
     assert changed == [False, False, True, True, True]
     assert [line["skipped_steps"] for line in metrics(settings["output_dir"])] == [0, 1, 2, 2, 2, 2]
-
-
-class InfiniteLoss(torch.nn.Module):
-    """The loss, plus infinity in one of its calls: the gradient is finite all the same."""
-
-    def __init__(self, loss, failing):
-        super().__init__()
-        self.loss, self.failing, self.calls = loss, failing, 0
-
-    def forward(self, *args, **kwargs):
-        self.calls += 1
-        return self.loss(*args, **kwargs) + (float("inf") if self.calls - 1 == self.failing else 0.0)
 
 
 class HalfPrecisionTrainer(Trainer):
@@ -324,16 +320,9 @@ def test_half_precision_trains_float32_weights_and_resumes_to_the_same_bits(sett
 
 def test_an_infinite_loss_with_a_gradient_scaler_changes_no_weight(settings):
     trainer = half_precision_trainer(settings, validation_steps=1)
-    trainer.loss = InfiniteLoss(trainer.loss, 2)
-    seen = []
-
-    def validate(student, teacher, step):
-        seen.append([parameter.clone() for parameter in student.unet.parameters()])
-        return {}
-
-    result = trainer.train(validate)
+    trainer.loss = FailingLoss(trainer.loss, {2}, lambda value: value + float("inf"))  # the gradient stays finite
+    result, changed = train_and_see_changes(trainer)
     assert (result.steps, result.skipped_steps) == (6, 1)
-    changed = [any(not torch.equal(a, b) for a, b in zip(*pair, strict=True)) for pair in itertools.pairwise(seen)]
     assert changed == [True, False, True, True, True]
 
 
