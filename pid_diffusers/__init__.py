@@ -2,10 +2,9 @@
 
 import sys
 
-import diffusers
-
 from .denoisers import Denoiser, EDMDenoiser, EmpiricalDenoiser
 from .errors import InputError
+from .loading import register
 from .losses import PIDLoss
 from .pipelines import OneStepPIDPipeline
 from .schedulers import PIDScheduler
@@ -24,8 +23,4 @@ __all__ = [
     "TrajectoryModel",
 ]
 
-# DiffusionPipeline.from_pretrained looks a pipeline's class up in `diffusers`, and a component's library among the
-# modules of `diffusers.pipelines`. The scheduler's public module is what `model_index.json` records as its library.
-PIDScheduler.__module__ = __name__
-diffusers.OneStepPIDPipeline = OneStepPIDPipeline
-diffusers.pipelines.pid_diffusers = sys.modules[__name__]
+register(sys.modules[__name__], [OneStepPIDPipeline])

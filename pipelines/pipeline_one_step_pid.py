@@ -3,7 +3,10 @@
 This file imports nothing but diffusers and torch, so that it can travel with a checkpoint.
 """
 
+import json
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
@@ -32,6 +35,8 @@ class OneStepPIDPipeline(DiffusionPipeline):
         >>> images = pipe(class_labels=[3, 1, 4]).images
     """
 
+    # Kept, and in the class: diffusers copies the code of every local folder to one place and runs it as one module.
+    _source = __spec__.loader.get_source(__spec__.name)
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
@@ -216,6 +221,33 @@ class OneStepPIDPipeline(DiffusionPipeline):
         if not return_dict:
             return (images,)
         return ImagePipelineOutput(images=images)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """
+        Saves as every pipeline does, and this file beside it as `pipeline.py`, so that
+        `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` needs nothing that is not in the folder.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): a folder, made if it is absent.
+            *args, **kwargs: as for every pipeline.
+        """
+        if self._is_of_this_file:
+            os.makedirs(save_directory, exist_ok=True)
+            (Path(save_directory) / "pipeline.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(str(save_directory), *args, **kwargs)
+
+    def to_json_string(self) -> str:
+        """The content of `model_index.json`, which names the class and the file `pipeline.py` that holds it."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)  # where this one was loaded from says nothing about where it is saved
+        if self._is_of_this_file:
+            index["_class_name"] = ["pipeline", type(self).__name__]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    @property
+    def _is_of_this_file(self) -> bool:
+        """False for a subclass from elsewhere, which is saved like any other pipeline, by its name."""
+        return type(self).__module__ == __name__
 
     def _draw_class_labels(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None

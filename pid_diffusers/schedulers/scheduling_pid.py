@@ -4,7 +4,9 @@ This file imports nothing but diffusers and torch, so that it can travel with a 
 """
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -66,6 +68,11 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
     Source: Tee et al., Physics Informed Distillation for Diffusion Models; Karras et al. 2022 (EDM).
     """
 
+    # What `model_index.json` records as the library, wherever this file was loaded from: diffusers then takes the
+    # class from that package if it is imported, else from the file `pid_diffusers.py` that `save_pretrained` writes.
+    __module__ = "pid_diffusers"
+    # Kept, and in the class: diffusers copies the code of every local folder to one place and runs it as one module.
+    _source = __spec__.loader.get_source(__spec__.name)
     # Only names and ranges are shared: EDMEulerScheduler's "epsilon" is what is called "edm" here.
     _compatibles = ["EDMEulerScheduler"]
     order = 1
@@ -258,6 +265,22 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         sigma = torch.stack([self.timestep_to_sigma(t) for t in torch.as_tensor(timesteps).flatten()])
         sigma = sigma.to(device=original_samples.device, dtype=original_samples.dtype)
         return original_samples + sigma.reshape(-1, *[1] * (original_samples.ndim - 1)) * noise
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        """
+        Saves the configuration, and this file beside it as `pid_diffusers.py`, so that
+        `DiffusionPipeline.from_pretrained(…, trust_remote_code=True)` needs nothing that is not in the folder.
+
+        Args:
+            save_directory (`str` or `os.PathLike`): a folder, made if it is absent.
+            push_to_hub (`bool`, defaults to `False`), **kwargs: as for every scheduler.
+        """
+        library = PIDScheduler.__module__
+        if type(self).__module__ == library:  # not a subclass from elsewhere
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{library}.py").write_text(self._source, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps

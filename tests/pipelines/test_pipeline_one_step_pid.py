@@ -291,7 +291,7 @@ def test_saved_and_loaded_twice_it_makes_the_same_images(conditional, noise, tmp
         pipe.set_progress_bar_config(disable=True)
         assert close(pipe(**settings).images, expected, 1e-6)
     index = json.loads((tmp_path / "second" / "model_index.json").read_text())
-    assert index["_class_name"] == "OneStepPIDPipeline"
+    assert index["_class_name"] == ["pipeline", "OneStepPIDPipeline"]
     assert index["scheduler"] == ["pid_diffusers", "PIDScheduler"]
 
 
