@@ -12,16 +12,20 @@ setup(
     python_requires=">=3.11",
     packages=[
         "pid_diffusers",
+        "pid_diffusers.demo",
         "pid_diffusers.denoisers",
         "pid_diffusers.evaluation",
+        "pid_diffusers.hub",
         "pid_diffusers.losses",
+        "pid_diffusers.model_cards",
         "pid_diffusers.pipelines",
         "pid_diffusers.schedulers",
         "pid_diffusers.training",
     ],
-    package_dir={"pid_diffusers.pipelines": "pipelines"},
+    package_dir={"pid_diffusers.model_cards": "model_cards", "pid_diffusers.pipelines": "pipelines"},
     package_data={
         "pid_diffusers": ["presets/*.yaml", "assets/digits-teacher/*.json", "assets/digits-teacher/*/*"],
+        "pid_diffusers.model_cards": ["*.jinja"],
     },
     install_requires=[
         "torch>=2.6",
@@ -30,7 +34,8 @@ setup(
         "transformers>=4.45",
         "accelerate>=1.1",
         "datasets>=3.0",
-        "huggingface_hub>=0.30",
+        "huggingface_hub>=1.32",
+        "jinja2>=3.1",
         "peft>=0.13",
         "lpips>=0.1.4",
         "safetensors>=0.4",
@@ -42,7 +47,18 @@ setup(
         "tensorboard>=2.16",
         "tqdm>=4.66",
     ],
+    entry_points={"console_scripts": ["pid-diffusers = pid_diffusers.cli:main"]},
     extras_require={
-        "test": ["pytest>=8.0", "parameterized>=0.9", "requests-mock>=1.12", "ruff>=0.14"],
+        "demo": ["gradio>=6.31,<7"],
+        "test": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.6",
+            "parameterized>=0.9",
+            "requests-mock>=1.12",
+            "ruff>=0.14",
+            # the page and the browser that looks at it; Chromium itself is the system's
+            "gradio>=6.31,<7",
+            "playwright>=1.50",
+        ],
     },
 )

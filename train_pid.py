@@ -12,7 +12,8 @@ from diffusers.utils.logging import disable_progress_bar
 
 from pid_diffusers import InputError
 from pid_diffusers.evaluation.report import RunReport
-from pid_diffusers.training import Trainer, TrainingStopped, parse_config
+from pid_diffusers.hub.publish import Publisher
+from pid_diffusers.training import Trainer, TrainingResult, TrainingStopped, parse_config
 from pid_diffusers.training.launch import adapt_to_launcher
 
 
@@ -21,20 +22,31 @@ def main() -> int:
     disable_progress_bar()  # diffusers' own, for loading; training has one
     try:
         config = parse_config()
+        publisher = Publisher(config)
         adapt_to_launcher()
         trainer = Trainer(config)
         report = RunReport(config)
-        result = trainer.train(validate=report.validate)
+        if trainer.accelerator.is_main_process:
+            publisher.announce()
+
+        def on_checkpoint(result: TrainingResult):
+            report.checkpoint(result)
+            publisher.checkpoint(result.steps)
+
+        every_checkpoint = config.push_to_hub and config.hub_strategy == "every_checkpoint"
+        result = trainer.train(report.validate, on_checkpoint if every_checkpoint else None)
         if result.interrupted_by is not None:
             return 128 + result.interrupted_by
         if result.is_main_process:
             print("Measuring and drawing: the teacher takes many steps an image, the student one …", flush=True)
             try:
-                print(report.finish(result))
+                print(report.finish(result), flush=True)
             except OSError as error:
                 raise TrainingStopped(
                     f"the pipeline is saved in {config.output_dir}, its report not: {error}."
                 ) from error
+            if config.push_to_hub:
+                print(publisher.finish())
     except (InputError, TrainingStopped) as error:
         print(f"train_pid.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -1,6 +1,6 @@
 """Pictures of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,9 +10,12 @@ from matplotlib.figure import Figure
 
 def save_same_seed(path: str | Path, teacher: torch.Tensor, student: torch.Tensor, heun_steps: int, title: str = ""):
     """Images of the teacher above those of the student from the same starts, `(B, C, H, W)` each, in [−1, 1]."""
-    rows = [(f"teacher, {2 * heun_steps} calls", teacher), ("student, 1 call", student)]
-    figure = _image_rows([list(images) for _, images in rows], [name for name, _ in rows], None, title)
-    _save(figure, path)
+    save_rows(path, {f"teacher, {2 * heun_steps} calls": teacher, "student, 1 call": student}, title)
+
+
+def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], title: str = ""):
+    """Rows of images, `(B, C, H, W)` each, in [−1, 1], with their names."""
+    _save(_image_rows([list(images) for images in rows.values()], list(rows), None, title), path)
 
 
 def save_trajectory(

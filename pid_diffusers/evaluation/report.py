@@ -1,14 +1,19 @@
-"""What a run shows of itself: pictures while it trains, pictures and figures at its end."""
+"""What a run shows of itself: pictures while it trains; pictures, figures and the model card at its end."""
 
 import json
 from pathlib import Path
 
+from accelerate.state import AcceleratorState
+
 from ..denoisers import Denoiser
+from ..hub.card import write_card
 from ..training import TrainingConfig, TrainingResult
+from ..training.checkpoints import write_text
 from ..training.loop import METRICS_FILE
 from ..trajectory import TrajectoryModel
 from .digits import DigitClassifier
 from .figures import save_loss_curve, save_same_seed, save_trajectory
+from .provenance import describe_compute, describe_teacher, teacher_card, versions
 from .same_seed import SameSeedSamples, draw_starts, measure_speedup, same_seed_samples, teacher_trajectory
 
 HEUN_STEPS = 40
@@ -18,7 +23,7 @@ TRAJECTORY_STARTS = 3
 
 class RunReport:
     """
-    Pictures and figures of a run.
+    Pictures, figures and the model card of a run. Used on the main process, after the run's `Trainer` was made.
 
     Args:
         config (`TrainingConfig`): where they go, how many images they show, and what is measured.
@@ -27,6 +32,7 @@ class RunReport:
     def __init__(self, config: TrainingConfig):
         self.config = config
         self.folder = Path(config.output_dir)
+        self.teacher_card = teacher_card(config.teacher)  # read now, not after days without a network
 
     def validate(self, student: TrajectoryModel, teacher: Denoiser, step: int) -> dict[str, float]:
         """Saves `validation/step-….png` and returns the rms distance on the seeds it shows."""
@@ -36,26 +42,19 @@ class RunReport:
         save_same_seed(path, samples.teacher, samples.student, HEUN_STEPS, title)
         return {"rms_distance": samples.rms_distance}
 
-    def finish(self, result: TrainingResult) -> str:
-        """Saves the pictures and `results.json`, and returns what to print."""
-        config, student, teacher = self.config, result.student, result.teacher
-        shown = self._shown(student, teacher)
-        save_same_seed(
-            self.folder / "samples.png",
-            shown.teacher,
-            shown.student,
-            HEUN_STEPS,
-            "teacher and student from the same seeds",
-        )
-        self._save_trajectory(student, teacher)
-        self._save_loss_curve()
+    def checkpoint(self, result: TrainingResult):
+        """Saves the pictures, a `results.json` without figures and the model card of a run that goes on.
 
-        results = {
-            "steps": result.steps,
-            "skipped_steps": result.skipped_steps,
-            "seconds": round(result.seconds, 1),
-            "num_parameters": sum(p.numel() for p in student.unet.parameters()),
-        }
+        The pipeline in the folder must be that of `result`.
+        """
+        self._save_pictures(result, f"step {result.steps}: teacher and student from the same seeds")
+        self._save_results(self._describe_run(result))
+
+    def finish(self, result: TrainingResult) -> str:
+        """Saves the pictures, `results.json` and the model card, and returns what to print."""
+        config, student, teacher = self.config, result.student, result.teacher
+        self._save_pictures(result, "teacher and student from the same seeds")
+        results = self._describe_run(result)
         lines = [f"Distilled {config.teacher} to one step in {result.steps} steps, {result.seconds:.0f} s."]
         if result.skipped_steps:
             lines.append(f"  {result.skipped_steps} steps were skipped, since loss or gradient were not finite.")
@@ -82,13 +81,14 @@ class RunReport:
             speedup = measure_speedup(student, teacher, config.eval_batch_size, HEUN_STEPS_FOR_SPEED)
             results[f"speedup_over_{HEUN_STEPS_FOR_SPEED}_step_heun"] = round(speedup, 1)
             lines.append(f"  one step takes 1/{speedup:.0f} of the time of {HEUN_STEPS_FOR_SPEED} Heun steps")
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        self._save_results(results)
 
         call = f"class_labels={list(range(min(10, teacher.num_classes)))}" if teacher.num_classes else "batch_size=4"
         return "\n".join(
             [
                 *lines,
-                f"Saved in {self.folder}: the pipeline, samples.png, trajectory.png, loss.png, results.json.",
+                f"Saved in {self.folder}: the pipeline, samples.png, trajectory.png, loss.png, results.json,"
+                " README.md.",
                 "Generate with:",
                 "",
                 "    import pid_diffusers",
@@ -96,6 +96,37 @@ class RunReport:
                 f"    images = DiffusionPipeline.from_pretrained({str(self.folder)!r})({call}).images",
             ]
         )
+
+    def _describe_run(self, result: TrainingResult) -> dict:
+        """What `results.json` holds beside the measured figures: all that the card says and `config.yaml` does not."""
+        config, device = self.config, next(result.student.parameters()).device
+        batch = config.train_batch_size * config.gradient_accumulation_steps * result.num_processes
+        return {
+            "steps": result.steps,
+            "skipped_steps": result.skipped_steps,
+            "seconds": round(result.seconds, 1),
+            **describe_compute(device, result.num_processes, result.seconds),
+            "num_parameters": sum(p.numel() for p in result.student.unet.parameters()),
+            "effective_batch_size": batch,
+            "num_starts_seen": batch * result.steps,
+            "ema_decay": config.ema_decays[-1] if config.save_ema_decay is None else config.save_ema_decay,
+            "mixed_precision": AcceleratorState().mixed_precision,
+            "teacher": describe_teacher(config.teacher, result.teacher, self.teacher_card),
+            "versions": versions(),
+        }
+
+    def _save_results(self, results: dict):
+        write_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
+        write_card(self.folder)
+
+    def _save_pictures(self, result: TrainingResult, title: str):
+        student, teacher = result.student, result.teacher
+        shown = self._shown(student, teacher)
+        save_same_seed(self.folder / "samples.png", shown.teacher, shown.student, HEUN_STEPS, title)
+        self._save_trajectory(student, teacher)
+        lines = self._metrics()
+        if lines:
+            save_loss_curve(self.folder / "loss.png", [x["step"] for x in lines], [x["loss"] for x in lines])
 
     def _shown(self, student: TrajectoryModel, teacher: Denoiser) -> SameSeedSamples:
         """What the pictures show: `num_validation_images` seeds with `validation_class_labels`."""
@@ -116,6 +147,6 @@ class RunReport:
         title = "x(z, t) at falling noise levels, shown as x/√(1 + t²)"
         save_trajectory(self.folder / "trajectory.png", sigmas, states, points, title)
 
-    def _save_loss_curve(self):
-        lines = [json.loads(line) for line in (self.folder / METRICS_FILE).read_text().splitlines()]
-        save_loss_curve(self.folder / "loss.png", [x["step"] for x in lines], [x["loss"] for x in lines])
+    def _metrics(self) -> list[dict]:
+        path = self.folder / METRICS_FILE
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

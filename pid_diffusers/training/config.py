@@ -22,6 +22,7 @@ from ..schedulers.scheduling_pid import PREDICTION_TYPES
 
 PRESETS = Path(__file__).parent.parent / "presets"
 OPTIMIZERS = ("radam", "adamw")
+HUB_STRATEGIES = ("end", "every_checkpoint")
 # piecewise_constant needs step rules, which no flag gives
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT)
 
@@ -104,6 +105,12 @@ class TrainingConfig:
     )
     eval_batch_size: int = option(128, "images per call for pictures and figures")
 
+    # the Hub
+    push_to_hub: bool = option(False, "push the pipeline, its card, pictures and figures to the Hub")
+    hub_model_id: str | None = option(None, "user/name of the repo; default: output_dir's name, in your namespace")
+    hub_private_repo: bool = option(False, "a repo that is made for it is private")
+    hub_strategy: str = option("end", f"when to push: {', '.join(HUB_STRATEGIES)}")
+
     def validate(self) -> "TrainingConfig":
         """
         Checks what can be known without the teacher.
@@ -124,6 +131,9 @@ class TrainingConfig:
         choice("distance", tuple(DISTANCES))
         choice("optimizer", OPTIMIZERS)
         choice("lr_scheduler", LR_SCHEDULERS)
+        choice("hub_strategy", HUB_STRATEGIES)
+        for name in ("hub_model_id", "hub_private_repo"):
+            require(self.push_to_hub or not getattr(self, name), name, "it needs --push_to_hub, too")
         if self.prediction_type is not None:
             choice("prediction_type", PREDICTION_TYPES)
         if self.mixed_precision is not None:
@@ -173,6 +183,13 @@ class TrainingConfig:
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
+
+    def to_public_dict(self) -> dict:
+        """The settings as they may be shown to others: of an absolute path the last part alone."""
+        return {
+            name: Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+            for name, value in self.to_dict().items()
+        }
 
 
 def parse_config(args: list[str] | None = None) -> TrainingConfig:
@@ -224,6 +241,7 @@ def load_preset(name: str) -> dict:
         raise InputError(f"preset is {name!r}, which is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
         raise InputError(f"preset is {name!r}, which holds a {type(settings).__name__}; write 'name: value' lines.")
+    settings.pop("preset", None)  # in a run's config.yaml, which holds all settings: the preset adds nothing to them
     fields = {f.name: f for f in dataclasses.fields(TrainingConfig) if f.name != "preset"}
     for key, value in settings.items():
         if key not in fields:

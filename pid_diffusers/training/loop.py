@@ -44,6 +44,7 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 
 Validate = Callable[[TrajectoryModel, Denoiser, int], dict[str, float]]
+OnCheckpoint = Callable[["TrainingResult"], None]
 
 
 class TrainingStopped(RuntimeError):
@@ -56,12 +57,13 @@ class TrainingResult:
 
     Attributes:
         student (`TrajectoryModel`): with the moving average of the weights that is saved; not under DDP or autocast.
-        teacher (`Denoiser`): in float32.
+        teacher (`Denoiser`): in float32; before the end, in the type that training runs it in.
         steps (`int`): optimizer steps done, skipped ones counted in.
         skipped_steps (`int`): steps without an update, since loss or gradient were not finite.
         seconds (`float`): time in training, validation and checkpoints left out, earlier parts of the run counted in.
-        interrupted_by (`int`, *optional*): the signal that ended the run early.
+        num_processes (`int`): how many processes trained.
         is_main_process (`bool`): whether this process writes.
+        interrupted_by (`int`, *optional*): the signal that ended the run early.
     """
 
     student: TrajectoryModel
@@ -69,8 +71,9 @@ class TrainingResult:
     steps: int
     skipped_steps: int
     seconds: float
-    interrupted_by: int | None
+    num_processes: int
     is_main_process: bool
+    interrupted_by: int | None = None
 
 
 class Trainer:
@@ -102,13 +105,15 @@ class Trainer:
         self.state = self._check_checkpoint()
         self.interrupted_by = None
 
-    def train(self, validate: Validate | None = None) -> TrainingResult:
+    def train(self, validate: Validate | None = None, on_checkpoint: OnCheckpoint | None = None) -> TrainingResult:
         """
         Trains until `max_train_steps`, SIGINT or SIGTERM, and saves the pipeline unless interrupted.
 
         Args:
             validate (`Callable`, *optional*): called on the main process as (student, teacher, step) every
                 `validation_steps`, with the moving average that will be saved; what it returns is logged.
+            on_checkpoint (`Callable`, *optional*): called on the main process after every checkpoint but the last one,
+                with what the run has come to; the pipeline is saved before that.
 
         Raises:
             TrainingStopped: after `max_skipped_steps` non-finite steps in a row, or if the pipeline cannot be saved.
@@ -126,10 +131,9 @@ class Trainer:
 
         accelerator.print(self._describe())
 
-        step = self.state.get("step", 0)
-        skipped = self.state.get("skipped_steps", 0)
-        skipped_in_a_row = self.state.get("skipped_in_a_row", 0)
-        seconds = self.state.get("seconds", 0.0)
+        names = ("step", "skipped_steps", "skipped_in_a_row", "seconds")
+        counters = {name: self.state.get(name, 0) for name in names}
+        step, skipped, skipped_in_a_row, seconds = counters.values()
         progress = tqdm(
             total=config.max_train_steps,
             initial=step,
@@ -154,19 +158,18 @@ class Trainer:
 
                 # only training is timed: what follows is not part of the cost of a step
                 seconds += time.perf_counter() - start
-                counters = {
-                    "step": step,
-                    "skipped_steps": skipped,
-                    "skipped_in_a_row": skipped_in_a_row,
-                    "seconds": seconds,
-                }
+                counters = dict(zip(names, (step, skipped, skipped_in_a_row, seconds), strict=True))
                 if skipped_in_a_row >= config.max_skipped_steps:
                     raise TrainingStopped(self._explain_divergence(step, skipped_in_a_row))
                 if step % config.logging_steps == 0 or step == config.max_train_steps:
                     figures = {"loss": loss, "learning_rate": learning_rate, "grad_norm": grad_norm}
                     self._log({**counters, **figures})
                 if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
-                    self._save_checkpoint(counters)
+                    saved = self._save_checkpoint(counters)
+                    if on_checkpoint and saved and step < config.max_train_steps:
+                        if accelerator.is_main_process:
+                            self._publish(on_checkpoint, counters)
+                        accelerator.wait_for_everyone()
                 if validate and config.validation_steps and step % config.validation_steps == 0:
                     if accelerator.is_main_process:
                         self._validate(validate, step)
@@ -179,17 +182,28 @@ class Trainer:
         interrupted = self.interrupted_by if step < config.max_train_steps else None
         if skipped == step > 0:
             raise TrainingStopped(f"loss or gradient were not finite in any of the {step} steps; nothing was learnt.")
-        student = self._ema_student()
+        result = self._result(counters, self.exact_teacher.to(accelerator.device), interrupted)
         if interrupted is None:
-            error = self._write((lambda: self._save_pipeline(student)) if accelerator.is_main_process else None)
+            error = self._write((lambda: self._save_pipeline(result.student)) if accelerator.is_main_process else None)
             if error:
                 raise TrainingStopped(
                     f"the pipeline could not be saved to {self.output_dir} ({error}); make room, then run again with"
                     " --resume_from_checkpoint latest to save it from the last checkpoint."
                 )
         accelerator.end_training()
-        teacher = self.exact_teacher.to(accelerator.device)
-        return TrainingResult(student, teacher, step, skipped, seconds, interrupted, accelerator.is_main_process)
+        return result
+
+    def _result(self, counters: dict, teacher: Denoiser, interrupted_by: int | None = None) -> TrainingResult:
+        return TrainingResult(
+            student=self._ema_student(),
+            teacher=teacher,
+            steps=counters["step"],
+            skipped_steps=counters["skipped_steps"],
+            seconds=counters["seconds"],
+            num_processes=self.accelerator.num_processes,
+            is_main_process=self.accelerator.is_main_process,
+            interrupted_by=interrupted_by,
+        )
 
     def _describe(self) -> str:
         config, settings = self.config, self.scheduler.config
@@ -413,6 +427,16 @@ class Trainer:
         except OSError as error:
             logger.warning(f"the validation of step {step} could not be written: {error}")
 
+    def _publish(self, on_checkpoint: OnCheckpoint, counters: dict):
+        result = self._result(counters, self.teacher)
+        try:
+            self._save_pipeline(result.student)
+            on_checkpoint(result)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if not _is_write_error(error):
+                raise
+            logger.warning(f"the pipeline of step {counters['step']} could not be written: {error}")
+
     # --- moving averages ---------------------------------------------------------------------------------------------
 
     @property
@@ -435,7 +459,8 @@ class Trainer:
 
     def _ema_student(self) -> TrajectoryModel:
         """A student of its own with the moving average, without accelerate's wrappers."""
-        unet = type(self.unet).from_config(self.unet.config)
+        # without the place where the teacher was loaded from, a folder of this machine
+        unet = type(self.unet).from_config({k: v for k, v in self.unet.config.items() if k != "_name_or_path"})
         unet.load_state_dict(self.unet.state_dict())
         averages = dict(zip(self.parameter_names, self._saved_ema.shadow_params, strict=True))
         unet.load_state_dict(averages, strict=False)
@@ -447,7 +472,7 @@ class Trainer:
     def _start_output(self):
         """Makes the folder ready: no leftovers, the configuration, the metrics cut back to the checkpoint."""
         step = self.state.get("step", 0)
-        settings = {name: value for name, value in self.config.to_dict().items() if name != "preset"}
+        settings = self.config.to_public_dict()
         flat = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
         try:
             if self.accelerator.is_main_process:

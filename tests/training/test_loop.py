@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from pid_diffusers import InputError, OneStepPIDPipeline, PIDLoss, TrajectoryModel
 from pid_diffusers.evaluation.report import RunReport
+from pid_diffusers.hub.push import repository_files
 from pid_diffusers.training import Trainer, TrainingConfig, TrainingStopped, parse_config
 from pid_diffusers.training.checkpoints import STATE_FILE, list_checkpoints
 from pid_diffusers.training.noise import draw_batch
@@ -491,10 +492,37 @@ def test_optimizer_settings_that_change_at_a_resume_take_effect(settings, capsys
     assert "adam_weight_decay (0.0 → 0.5)" in capsys.readouterr().out
 
 
-def test_the_settings_of_a_run_are_a_preset(settings):
+def test_the_settings_of_a_run_are_a_preset_in_which_an_absolute_path_is_its_last_part(settings):
     train(settings)
     again = parse_config(["--preset", str(Path(settings["output_dir"]) / "config.yaml")]).to_dict()
-    assert {**again, "preset": None} == {**TrainingConfig(**settings).to_dict(), "preset": None}
+    names = {name: Path(settings[name]).name for name in ("output_dir", "teacher")}
+    assert {**again, "preset": None} == {**TrainingConfig(**{**settings, **names}).to_dict(), "preset": None}
+
+
+def test_nothing_that_is_pushed_names_a_folder_of_this_machine(settings):
+    train(settings)
+    files = [path for path in repository_files(settings["output_dir"]).values() if path.suffix != ".safetensors"]
+    assert files and not [path for path in files if str(Path(settings["output_dir"]).parent) in path.read_text()]
+
+
+def test_at_every_checkpoint_but_the_last_the_pipeline_is_saved_and_handed_out(settings):
+    folder, seen = Path(settings["output_dir"]), []
+
+    def on_checkpoint(result):
+        saved = OneStepPIDPipeline.from_pretrained(folder).unet.state_dict()
+        seen.append((result.steps, same(saved, result.student.unet.state_dict()), saved))
+
+    trainer = Trainer(TrainingConfig(**{**settings, "checkpointing_steps": 2}).validate())
+    result = trainer.train(on_checkpoint=on_checkpoint)
+    assert [(step, equal) for step, equal, _ in seen] == [(2, True), (4, True)]
+    assert not same(seen[0][2], seen[1][2])
+    assert same(OneStepPIDPipeline.from_pretrained(folder).unet.state_dict(), result.student.unet.state_dict())
+
+
+def test_handing_out_checkpoints_changes_nothing_of_the_training(settings, tmp_path):
+    plain = train(settings, checkpointing_steps=2)
+    trainer = Trainer(TrainingConfig(**{**settings, "checkpointing_steps": 2, "output_dir": str(tmp_path / "again")}))
+    assert same(trainer.train(on_checkpoint=lambda result: None).student.state_dict(), plain.student.state_dict())
 
 
 def test_a_folder_with_another_run_is_not_touched(settings):

@@ -1,0 +1,330 @@
+"""Model cards: complete, valid, true to the files beside them, and their code runs."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from pid_diffusers import InputError, OneStepPIDPipeline, PIDScheduler
+from pid_diffusers.evaluation.provenance import describe_compute, teacher_card
+from pid_diffusers.evaluation.report import RunReport
+from pid_diffusers.hub.card import NOT_REPEATED, is_generated, render_card, repeat_command, write_card
+from pid_diffusers.training import Trainer, parse_config
+
+ROOT = Path(__file__).parent.parent.parent
+ASSETS = ROOT / "pid_diffusers" / "assets"
+HUB_TEACHER = {"name": "someone/teacher", "source": "hub", "license": "mit", "datasets": ["cifar10"]}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_unet, tmp_path_factory):
+    """The folder of a tiny run, and `mid-run`, the same folder before its last step."""
+    folder = tmp_path_factory.mktemp("machine")
+    unet = tiny_unet(in_channels=1, out_channels=1, num_class_embeds=10)
+    ConsistencyModelPipeline(unet, EDMEulerScheduler()).save_pretrained(folder / "secret" / "tiny-teacher")
+    (folder / "secret" / "tiny-teacher" / "README.md").write_text("---\nlicense: mit\n---\n# A teacher\n")
+    flags = ["--teacher", str(folder / "secret" / "tiny-teacher"), "--output_dir", str(folder / "runs" / "pid-tiny")]
+    flags += [
+        "--max_train_steps",
+        "3",
+        "--train_batch_size",
+        "4",
+        "--num_eval_samples",
+        "20",
+        "--lr_warmup_steps",
+        "0",
+    ]
+    flags += ["--logging_steps", "1", "--eval_batch_size", "10", "--report_to", "none", "--max_grad_norm", "none"]
+    AcceleratorState._reset_state(True)
+    config = parse_config(flags)
+    trainer = Trainer(config)
+    report = RunReport(config)
+    result = trainer.train()
+    report.checkpoint(dataclasses.replace(result, steps=2))
+    shutil.copytree(folder / "runs" / "pid-tiny", folder / "runs" / "mid-run")
+    report.finish(result)
+    AcceleratorState._reset_state(True)
+    return folder / "runs" / "pid-tiny"
+
+
+@pytest.fixture(scope="module")
+def unconditional(run, tiny_unet):
+    """An unconditional student of a teacher from the Hub, in RGB; 64 × 64 pixels are still a small picture."""
+    folder = run.parent / "pid-rgb"
+    unet = tiny_unet(sample_size=(64, 32), num_class_embeds=None)
+    OneStepPIDPipeline(unet, PIDScheduler(num_train_timesteps=50, sigma_max=10.0)).save_pretrained(folder)
+    for name in ("config.yaml", "results.json", "samples.png"):
+        shutil.copy(run / name, folder / name)
+    change(folder, teacher=HUB_TEACHER)
+    return folder
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    return Path(shutil.copytree(run, tmp_path / "pid-tiny"))
+
+
+def change(folder: Path, **results):
+    path = folder / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **results}))
+
+
+def blocks(card: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
+
+
+def words(command: str) -> list[str]:
+    """As a shell splits it; a backslash at the end of a line continues it."""
+    return shlex.split(command.replace("\\\n", " "))
+
+
+def settings(flags: list[str]) -> dict:
+    repeated = parse_config(flags).to_public_dict().items()
+    return {name: value for name, value in repeated if name not in NOT_REPEATED and not name.startswith("hub_")}
+
+
+def test_a_run_writes_the_card_of_its_folder(run):
+    card = (run / "README.md").read_text()
+    assert card == render_card(run)
+    assert is_generated(card)
+    assert "# pid-tiny\n" in card and "8 × 8 grayscale images of 10 classes" in card
+
+
+@pytest.mark.parametrize("which", ["run", "unconditional"])
+def test_nothing_is_left_to_fill_in(request, which):
+    card = render_card(request.getfixturevalue(which))
+    for text in ("More Information", "TODO", "{{", "}}\n", "{%", "None", "undefined", "placeholder", "\n\n\n"):
+        assert text not in card.split("## Citation")[0]
+
+
+def test_no_folder_of_the_machine_is_named(run):
+    for name in ("README.md", "results.json", "config.yaml"):
+        text = (run / name).read_text()
+        assert "secret" not in text and str(run.parent) not in text
+        assert "tiny-teacher" in text
+
+
+def test_a_reader_is_told_recipe_hardware_time_and_versions(run):
+    card, results = (run / "README.md").read_text(), json.loads((run / "results.json").read_text())
+    expected = ["scheme `midpoint`", "AdamW", "0.001, cosine", "N = 250 from T = 80 to ε = 0.002", "12 starts", "0.98"]
+    expected += ["CPU core hours", results["hardware"]["name"], f"torch {torch.__version__}"]
+    for text in expected:
+        assert text in card
+    assert results["num_starts_seen"] == 3 * results["effective_batch_size"] == 12
+    seconds = results["seconds"] * results["hardware"]["num_threads"]
+    assert results["cpu_core_hours"] == pytest.approx(seconds / 3600, abs=1e-4)
+
+
+def test_gpu_hours_count_every_process():
+    meta = describe_compute(torch.device("meta"), 8, 1800.0)
+    assert meta["gpu_hours"] == 4.0 and meta["hardware"]["num_processes"] == 8
+
+
+def test_the_figures_of_the_metadata_are_those_of_the_results(run):
+    results = json.loads((run / "results.json").read_text())
+    metadata = yaml.safe_load((run / "README.md").read_text().split("---\n")[1])
+    name, figures = model_index_to_eval_results(metadata["model-index"])
+    assert name == "pid-tiny"
+    assert {figure.metric_type: figure.metric_value for figure in figures} == {
+        "rms_distance": results["rms_distance_to_40_step_heun"],
+        "accuracy": results["student_digits_read_as_asked"],
+    }
+    assert figures[0].dataset_args == {"num_samples": 20, "seed": 0}
+
+
+def test_pictures_are_shown_where_there_are_any(copied):
+    assert [image["output"]["url"] for image in ModelCard(render_card(copied)).data.widget] == [
+        "samples.png",
+        "trajectory.png",
+    ]
+    (copied / "samples.png").unlink()
+    (copied / "trajectory.png").unlink()
+    card = render_card(copied)
+    assert ".png)" not in card and ModelCard(card).data.get("widget") is None
+
+
+def test_a_run_that_goes_on_says_how_far_it_is_and_no_figures(run):
+    card = (run.parent / "mid-run" / "README.md").read_text()
+    assert card == render_card(run.parent / "mid-run", "pid-tiny")
+    assert "step 2 of 3" in card and "## Figures" not in card
+    assert ModelCard(card).data.eval_results is None
+
+
+def test_a_folder_without_results_has_a_card(copied):
+    (copied / "results.json").unlink()
+    card = render_card(copied)
+    assert "Not finished" in card and "license was not known" in card
+    (copied / "config.yaml").unlink()
+    card = render_card(copied)
+    assert "Not finished" not in card and "## Training" not in card
+    assert len(blocks(card, "python")) == 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--max_grad_norm", "none", "--eval_classifier", "none", "--ema_decays", "0.9", "0.99", "0.98"],
+        ["--preset", "cifar10", "--teacher", "someone/teacher", "--deterministic", "false", "--adam_epsilon", "1e-9"],
+        ["--preset", "imagenet64", "--teacher", "a teacher", "--split_batch", "--mixed_precision", "none"],
+        ["--output_dir", "runs/a run", "--validation_class_labels", *map(str, range(10)), "--save_ema_decay", "none"],
+    ],
+)
+def test_the_command_repeats_every_setting(flags):
+    config = parse_config(flags).to_public_dict()
+    command = words(repeat_command(config, num_processes=8))
+    assert command[:5] == ["accelerate", "launch", "--num_processes", "8", "train_pid.py"]
+    assert settings(command[5:]) == settings(flags)
+    # a preset that nobody else has, or of which nothing is known, is spelled out
+    for preset in ({"preset": "mine.yaml"}, {}):
+        rest = {name: value for name, value in config.items() if name != "preset"}
+        assert settings(words(repeat_command({**rest, **preset}))[3:]) == settings(flags)
+
+
+def test_the_card_of_a_run_holds_the_command_that_repeats_it(run):
+    command = words(blocks((run / "README.md").read_text(), "bash")[-1])
+    recorded = yaml.safe_load((run / "config.yaml").read_text())
+    repeated = settings(command[3:])
+    assert repeated == {name: recorded[name] for name in repeated}
+
+
+def test_a_teacher_on_the_hub_is_the_base_model(unconditional):
+    card = ModelCard(render_card(unconditional, "me/pid-rgb"))
+    assert card.data.base_model == "someone/teacher"
+    assert card.data.base_model_relation == "finetune"
+    assert (card.data.license, card.data.datasets) == ("mit", ["cifar10"])
+    assert "(https://huggingface.co/someone/teacher)" in card.text
+    assert 'from_pretrained("me/pid-rgb"' in card.text and "# pid-rgb\n" in card.text
+    assert "class_labels" not in card.text and "64 × 32 colour images" in card.text
+
+
+def test_a_teacher_in_a_folder_gives_its_license_and_is_no_base_model(run):
+    card = ModelCard((run / "README.md").read_text())
+    assert card.data.license == "mit" and card.data.base_model is None
+    assert "mit, that of the teacher" in card.text
+
+
+def test_a_license_of_its_own_is_named_and_linked(copied):
+    license = {"license": "other", "license_name": "openrail", "license_link": "https://example.org/license"}
+    change(copied, teacher={**HUB_TEACHER, **license})
+    card = ModelCard(render_card(copied))
+    assert (card.data.license, card.data.license_name, card.data.license_link) == tuple(license.values())
+    assert "[openrail](https://example.org/license)" in card.text
+
+
+def test_an_unknown_license_is_left_out_and_said(copied):
+    change(copied, teacher={"name": "someone/teacher", "source": "hub"})
+    card = ModelCard(render_card(copied))
+    assert card.data.license is None
+    assert "The teacher's license was not known" in card.text
+
+
+@pytest.mark.parametrize("text", ["# No metadata\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n", b"\xff"])
+def test_a_teachers_card_that_cannot_be_read_says_nothing(tmp_path, text):
+    (tmp_path / "README.md").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert teacher_card(str(tmp_path)) == {}
+
+
+def test_the_card_of_a_teacher_on_the_hub_is_read(hub):
+    api = HfApi(endpoint=hub.endpoint)
+    repo_id = api.create_repo("teacher").repo_id
+    assert teacher_card(repo_id) == {}
+    text = "---\nlicense: other\nlicense_name: openrail\ndatasets: [cifar10]\nlanguage: en\n---\n# A teacher\n"
+    api.upload_file(path_or_fileobj=text.encode(), path_in_repo="README.md", repo_id=repo_id)
+    assert teacher_card(repo_id) == {"license": "other", "license_name": "openrail", "datasets": ["cifar10"]}
+    assert teacher_card("nobody/nothing") == {}
+
+
+def test_an_edited_card_survives(copied):
+    path = copied / "README.md"
+    change(copied, steps=7)
+    assert write_card(copied) and is_generated(path.read_text())  # as it was generated: written anew
+    edited = path.read_text().replace("## Limits", "## What I found\n\nIt draws sevens best.\n\n## Limits")
+    path.write_text(edited)
+    assert not is_generated(edited)
+    assert not write_card(copied)
+    assert path.read_text() == edited
+    path.write_text("# A card by hand\n")
+    assert not write_card(copied)
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path, copied):
+    with pytest.raises(InputError, match="holds no pipeline"):
+        render_card(tmp_path)
+    (copied / "results.json").write_text("{")
+    with pytest.raises(InputError, match="results.json cannot be read"):
+        render_card(copied)
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted(ASSETS.iterdir())])
+def test_a_shipped_card_is_what_its_files_give(name, tmp_path):
+    folder = Path(shutil.copytree(ASSETS / name, tmp_path / name))
+    shutil.copytree(ROOT / "model_cards" / name, folder, dirs_exist_ok=True)
+    assert (folder / "README.md").read_text() == render_card(folder, f"pid_diffusers/assets/{name}")
+
+
+def test_the_teachers_example_writes_a_card_with_its_figures(tiny_unet, tmp_path):
+    spec = importlib.util.spec_from_file_location("example", ROOT / "examples" / "train_digits_teacher.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.NUM_SAMPLES, example.HEUN_STEPS = 20, 3
+    unet = tiny_unet(in_channels=1, out_channels=1, num_class_embeds=10)
+    ConsistencyModelPipeline(unet, EDMEulerScheduler()).save_pretrained(tmp_path)
+    settings = {"max_train_steps": 3, "train_batch_size": 4, "learning_rate": 0.01, "seed": 5, "output_dir": "t"}
+    compute = {"seconds": 3.0, **describe_compute(torch.device("cpu"), 1, 3.0)}
+    example.write_report(example.EDMDenoiser(unet), tmp_path, {**settings, **example.ALWAYS}, compute)
+    card, results = ModelCard.load(tmp_path / "README.md"), json.loads((tmp_path / "results.json").read_text())
+    assert card.data.eval_results[0].metric_value == results["digits_read_as_asked"]
+    assert "--learning_rate 0.01 --seed 5 --output_dir t" in blocks(card.text, "bash")[1]
+    assert "by 3 Heun steps (6 network calls)" in card.text
+    assert (tmp_path / "samples.png").is_file()
+
+
+@pytest.mark.parametrize("which", ["run", "unconditional", "mid-run", "shipped"])
+def test_the_hub_accepts_the_metadata(hub, request, run, which):
+    if which == "shipped":
+        card = (ROOT / "model_cards" / "digits-teacher" / "README.md").read_text()
+    else:
+        card = render_card(run.parent / which if which == "mid-run" else request.getfixturevalue(which))
+    # what ModelCard.validate sends; the client's own endpoint is fixed when it is imported
+    body = json.dumps({"repoType": "model", "content": card}).encode()
+    query = urllib.request.Request(f"{hub.endpoint}/api/validate-yaml", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(query) as response:
+        assert json.load(response) == {"errors": [], "warnings": []}
+
+
+def execute(python: str, snippets: list[str], folder: Path):
+    """Runs each snippet as a script of its own, in one process, since importing torch takes the longest."""
+    script = f"for code in {snippets!r}:\n    exec(code, {{'__name__': '__main__'}})"
+    result = subprocess.run([python, "-c", script], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0 and "deprecated" not in result.stderr, result.stderr
+
+
+def test_the_code_in_a_card_runs(run, unconditional):
+    snippets = [code for folder in (run, unconditional) for code in blocks(render_card(folder), "python")]
+    assert len(snippets) == 6
+    assert sum("import pid_diffusers" in code for code in snippets) == 2
+    execute(sys.executable, [code for code in snippets if "pid_diffusers" in code], run.parent)
+
+
+def test_the_code_without_the_package_runs_without_it(run, unconditional, python_without_package):
+    snippets = [code for folder in (run, unconditional) for code in blocks(render_card(folder), "python")]
+    snippets = [code for code in snippets if "pid_diffusers" not in code]
+    assert len(snippets) == 2 and all("trust_remote_code" in code for code in snippets)
+    shipped = (ROOT / "model_cards" / "digits-teacher" / "README.md").read_text()
+    teacher = blocks(shipped, "python")[0].replace("pid_diffusers/assets", str(ASSETS))
+    execute(python_without_package, [*snippets, teacher], run.parent)
