@@ -24,7 +24,7 @@ setup(
     ],
     package_dir={"pid_diffusers.model_cards": "model_cards", "pid_diffusers.pipelines": "pipelines"},
     package_data={
-        "pid_diffusers": ["presets/*.yaml", "assets/digits-teacher/*.json", "assets/digits-teacher/*/*"],
+        "pid_diffusers": ["presets/*.yaml", "assets/*/*", "assets/*/*/*"],
         "pid_diffusers.model_cards": ["*.jinja"],
     },
     install_requires=[

@@ -22,7 +22,7 @@ def main(args: list[str] | None = None) -> int:
     verb.set_defaults(run=_push)
 
     verb = verbs.add_parser("demo", help="open a page that shows a student, or write it as a Space")
-    verb.add_argument("model", help="a distilled student: a folder or a Hub id")
+    verb.add_argument("model", help="a student: a folder, a Hub id, or digits for the built-in one")
     verb.add_argument(
         "--teacher", help="to compare with: a folder, a Hub id, or digits; default: as the model's run says"
     )

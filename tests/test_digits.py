@@ -1,4 +1,4 @@
-"""The built-in teacher, and that students learn from it."""
+"""The built-in teacher and student, and that students learn from that teacher."""
 
 import json
 import math
@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from pid_diffusers import Denoiser, PIDScheduler
+from pid_diffusers import Denoiser, OneStepPIDPipeline, PIDScheduler, TrajectoryModel
 from pid_diffusers.denoisers import heun
+from pid_diffusers.denoisers.base import BUILT_IN
 from pid_diffusers.evaluation.digits import NUM_HELD_OUT, DigitClassifier, load_digits
 from pid_diffusers.evaluation.report import RunReport
 from pid_diffusers.evaluation.same_seed import same_seed_samples
@@ -75,3 +76,19 @@ def test_the_default_run_reaches_its_teacher(tmp_path):
     assert results["rms_distance_to_40_step_heun"] <= 0.20
     assert results["teacher_digits_read_as_asked"] - results["student_digits_read_as_asked"] <= 0.03
     assert results["speedup_over_35_step_heun"] > 10
+
+
+def test_the_shipped_student_is_what_its_card_says():
+    folder = BUILT_IN["digits"].with_name("digits-student")
+    results = json.loads((folder / "results.json").read_text())
+    pipe = OneStepPIDPipeline.from_pretrained(folder)
+    student = TrajectoryModel(pipe.unet, pipe.scheduler)
+    samples = same_seed_samples(student, Denoiser.from_pretrained("digits").eval(), num_samples=64)
+    assert samples.rms_distance == pytest.approx(results["rms_distance_to_40_step_heun"], rel=0.2)
+    assert DigitClassifier().accuracy(samples.student, samples.condition["class_labels"]) > 0.95
+
+
+def test_the_shipped_student_carries_the_code_of_this_version():
+    folder = BUILT_IN["digits"].with_name("digits-student")
+    assert (folder / "pipeline.py").read_text() == OneStepPIDPipeline._source
+    assert (folder / "scheduler" / "pid_diffusers.py").read_text() == PIDScheduler._source

@@ -20,11 +20,14 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ..denoisers import Denoiser, heun
+from ..denoisers.base import BUILT_IN
 from ..errors import InputError
 from ..precision import widest_float
 from ..schedulers import PIDScheduler
 from ..trajectory import TrajectoryModel
 
+# by what the teacher that it was distilled from is called
+BUILT_IN_STUDENTS = {name: folder.with_name(f"{name}-student") for name, folder in BUILT_IN.items()}
 MAX_BATCH = 64
 
 
@@ -118,7 +121,7 @@ class DemoModel:
         A student by its folder or Hub id. No code of a repository is run.
 
         Args:
-            model (`str` or `Path`): a folder or a Hub id.
+            model (`str` or `Path`): a folder, a Hub id, or `"digits"` for the student that comes with this package.
             teacher (`str` or `Path`, *optional*): as `Denoiser.from_pretrained` takes it. By default the one that the
                 run's `config.yaml` names, else the card's `base_model`; without either there is no teacher.
 
@@ -126,7 +129,7 @@ class DemoModel:
             InputError: if there is no such model, it is not a student of PID, or the `teacher` passed does not load
                 or has another image size or other classes.
         """
-        model = str(model).strip()
+        model = name_or_folder(model)
         folder = _find(model)
         pipe = _load_student(model, folder)
         name = folder.resolve().name if Path(model).is_dir() else model
@@ -301,6 +304,12 @@ def contact_sheet(images: Sequence[Image.Image], columns: int) -> Image.Image:
     for i, image in enumerate(images):
         sheet.paste(image, (i % columns * width, i // columns * height))
     return sheet
+
+
+def name_or_folder(model: str | Path) -> str:
+    """The folder of a student that comes with this package, by its name; of others what was passed."""
+    model = str(model).strip()
+    return str(BUILT_IN_STUDENTS.get(model, model))
 
 
 def _sample_shape(pipe: DiffusionPipeline) -> tuple[int, int, int]:

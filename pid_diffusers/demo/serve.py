@@ -27,7 +27,7 @@ def launch(
     Serves a page that shows a student, until it is interrupted.
 
     Args:
-        model (`str` or `Path`): a student's folder or Hub id.
+        model (`str` or `Path`): a student's folder or Hub id, or `"digits"` for the one that comes with this package.
         teacher (`str` or `Path`, *optional*): to compare with; by default as
             [`~pid_diffusers.demo.DemoModel.load`] finds it.
         host (`str`, *optional*, defaults to `"127.0.0.1"`): the address to listen at; `"0.0.0.0"` is reached from

@@ -14,7 +14,7 @@ from pid_diffusers import pipelines
 
 from ..denoisers.base import BUILT_IN
 from ..errors import InputError
-from .model import DemoModel, model_card
+from .model import DemoModel, model_card, name_or_folder
 
 # what loading a student and showing it needs of what the package requires
 REQUIRED = ("torch", "diffusers", "accelerate", "huggingface_hub", "safetensors", "numpy", "pyyaml")
@@ -56,7 +56,7 @@ def write_space(
     the Hub are loaded from there when the Space starts.
 
     Args:
-        model (`str` or `Path`): a student's folder or Hub id.
+        model (`str` or `Path`): a student's folder or Hub id, or `"digits"` for the one that comes with this package.
         folder (`str` or `Path`): where to write; made if it is absent.
         teacher (`str` or `Path`, *optional*): to compare with; by default as
             [`~pid_diffusers.demo.DemoModel.load`] finds it.
@@ -76,7 +76,7 @@ def write_space(
     folder = Path(folder)
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"folder is {str(folder)!r}, which is a file or not empty; pass a new or an empty folder.")
-    model = str(model).strip()
+    model = name_or_folder(model)
     loaded = DemoModel.load(model, teacher)
     title = title or loaded.name
     names = {"model": model, "teacher": loaded.teacher_name}
@@ -118,7 +118,7 @@ def write_space(
 
 def _copy_package(target: Path, keep_assets: bool):
     """The sources of this package, wherever its parts lie, without what only training reads."""
-    left_out = ("__pycache__", "presets") if keep_assets else ("__pycache__", "presets", "assets")
+    left_out = ("__pycache__", "presets", "*-student" if keep_assets else "assets")
     ignore = shutil.ignore_patterns(*left_out)
     shutil.copytree(pid_diffusers.__path__[0], target, ignore=ignore)
     shutil.copytree(pipelines.__path__[0], target / "pipelines", ignore=ignore, dirs_exist_ok=True)

@@ -224,3 +224,9 @@ def test_code_of_a_model_is_not_run(folders, tmp_path):
 def test_the_logic_imports_no_gradio():
     code = "import sys, pid_diffusers.demo; print('gradio' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_the_student_that_comes_with_the_package_is_opened_by_its_name_with_its_teacher():
+    model = DemoModel.load("digits")
+    assert (model.name, model.teacher_name) == ("digits-student", "digits")
+    assert model.compare(Sample(seed=5, label=3), heun_steps=20).rms_distance < 0.3

@@ -1,0 +1,1 @@
+../../../pipelines/pipeline_one_step_pid.py
