@@ -21,6 +21,22 @@ def main(args: list[str] | None = None) -> int:
     verb.add_argument("--hub_private_repo", action="store_true", help="a repo that is made for it is private")
     verb.set_defaults(run=_push)
 
+    verb = verbs.add_parser(
+        "convert", help="write a checkpoint of EDM, OpenAI or PID's authors as a diffusers pipeline"
+    )
+    verb.add_argument(
+        "source", help="an EDM .pkl, a .pt of OpenAI or PID's authors, or a folder with a bare state dict"
+    )
+    verb.add_argument("output", help="a folder that is absent or empty")
+    verb.add_argument(
+        "--student",
+        action=argparse.BooleanOptionalAction,
+        help="whether it is a student of PID's authors; default: if its name is that of one",
+    )
+    verb.add_argument("--image_size", type=int, help="of OpenAI's networks; default: as attention tells")
+    verb.add_argument("--license", help="of the weights, such as mit; default: that of those released")
+    verb.set_defaults(run=_convert)
+
     verb = verbs.add_parser("demo", help="open a page that shows a student, or write it as a Space")
     verb.add_argument("model", help="a student: a folder, a Hub id, or digits for the built-in one")
     verb.add_argument(
@@ -38,18 +54,29 @@ def main(args: list[str] | None = None) -> int:
     except InputError as error:
         print(f"pid-diffusers: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("pid-diffusers: interrupted", file=sys.stderr)
+        return 130
 
 
 def _push(options: argparse.Namespace) -> int:
-    from .hub.push import PushFailed, push, push_command
+    from .hub.push import PushFailed, advice, push, push_command
 
     try:
         address = push(options.folder, options.hub_model_id, options.hub_private_repo)
     except PushFailed as error:
         command = push_command(options.folder, options.hub_model_id, options.hub_private_repo)
-        print(f"pid-diffusers: error: {error}; try again later with {command}", file=sys.stderr)
+        mend = advice(str(error)) or f"; try again later with {command}"
+        print(f"pid-diffusers: error: {error}{mend}.", file=sys.stderr)
         return 1
     print(f"Pushed to {address}")
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .converters import convert
+
+    print(convert(options.source, options.output, options.student, options.image_size, options.license))
     return 0
 
 
@@ -58,7 +85,8 @@ def _demo(options: argparse.Namespace) -> int:
 
     if options.space is not None:
         folder = write_space(options.model, options.space, teacher=options.teacher)
-        print(f"Wrote {folder}: try it with 'python app.py' there, or push it to a Space.")
+        print(f"Wrote {folder}: try it with 'python app.py' there, or share it with")
+        print(f"    hf upload USER/{folder.resolve().name} {folder} . --repo-type space")
         return 0
     launch(options.model, options.teacher, host=options.host, port=options.port, share=options.share)
     return 0

@@ -23,7 +23,7 @@ class TrajectoryModel(nn.Module):
 
     def network_output(self, z: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
         """
-        F_θ(c_in(T) z, c_noise(σ)), in z's dtype.
+        F_θ of the head at c_in(T) z and c_noise(σ), in z's dtype.
 
         Args:
             z (`torch.Tensor` of shape `(B, C, H, W)`): starts of standard deviation T.
@@ -33,7 +33,8 @@ class TrajectoryModel(nn.Module):
         sigma = self.scheduler.sigma_tensor(sigma, z)
         timestep = self.scheduler.sigma_to_timestep(sigma).expand(z.shape[0])
         sample = self.scheduler.scale_model_input(z, timestep).to(next(self.unet.parameters()).dtype)
-        return self.unet(sample, timestep, **condition, return_dict=False)[0].to(z.dtype)
+        output = self.unet(sample, timestep, **condition, return_dict=False)[0]
+        return self.scheduler.network_output(output.to(z.dtype), z, sigma)
 
     def forward(self, z: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
         """x_θ(z, σ) of shape `(B, C, H, W)`; arguments as in [`~TrajectoryModel.network_output`]."""

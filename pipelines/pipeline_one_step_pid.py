@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, UNet2DModel
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -24,7 +24,7 @@ class OneStepPIDPipeline(DiffusionPipeline):
     From noise z = T · `latents` one network call gives x_θ(z, ε), the image, or x_θ(z, σ) at any other noise level.
 
     Args:
-        unet ([`UNet2DModel`]): the distilled network F_θ.
+        unet ([`UNet2DModel`], or another network that is called as one): the distilled network F_θ.
         scheduler ([`PIDScheduler`]): makes the trajectory function x_θ(z, σ) of it.
 
     Example:
@@ -40,7 +40,7 @@ class OneStepPIDPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin):
+    def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: SchedulerMixin):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)

@@ -33,7 +33,7 @@ def test_the_teacher_is_small_and_in_safetensors():
 
     files = [path for path in BUILT_IN["digits"].rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 4e6
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md", ".yaml", ".png"}
 
 
 def test_the_teacher_denoises_digits_that_it_never_saw(teacher):

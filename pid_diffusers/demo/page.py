@@ -302,7 +302,9 @@ def stage_html(model: DemoModel, sample: Sample, picture: Picture, comparison: C
         took = f"{2 * comparison.heun_steps} calls, {_duration(comparison.teacher_seconds)}"
         t, image = comparison.nearest(picture.t)
         return f'<div class="pid-pair">{student}{_figure(model, sample, "Teacher", t, took, image)}</div>'
-    empty = html.escape(model.no_teacher or "Press “Compare” to solve the teacher’s equation from the same noise.")
+    empty = html.escape(
+        model.no_teacher or "Press “Compare with the teacher” to solve the teacher’s equation from the same noise."
+    )
     width, height = picture.image.size
     return (
         f'<div class="pid-pair">{student}<figure class="pid-figure"><figcaption><b>Teacher</b><span>&nbsp;</span>'

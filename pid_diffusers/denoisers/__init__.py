@@ -2,5 +2,7 @@ from .base import Denoiser
 from .edm import EDMDenoiser
 from .empirical import EmpiricalDenoiser
 from .solvers import euler, heun
+from .ve import VEDenoiser
+from .vp import VPDenoiser
 
-__all__ = ["Denoiser", "EDMDenoiser", "EmpiricalDenoiser", "euler", "heun"]
+__all__ = ["Denoiser", "EDMDenoiser", "EmpiricalDenoiser", "VEDenoiser", "VPDenoiser", "euler", "heun"]

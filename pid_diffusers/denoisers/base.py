@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DModel
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
 from ..errors import InputError
+from ..models import EDMUNet2DModel
 
 BUILT_IN = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher"}
 
@@ -25,10 +26,14 @@ class Denoiser(nn.Module):
         unet (`nn.Module`): the network, where there is one.
         scheduler_classes (`tuple[str]`): the diffusers schedulers whose configuration describes this family.
         trajectory_config (`dict`): the arguments of the `PIDScheduler` that suits a student of this teacher.
+        loss_weighting (`str`): the `weighting` of the `PIDLoss` that suits it.
+        predicts (`str`): what the network's output stands for.
     """
 
     scheduler_classes: tuple[str, ...] = ()
     trajectory_config: dict
+    loss_weighting: str = "uniform"
+    predicts: str = "the sample"
 
     def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
         """D(x, σ) of shape `(B, C, H, W)` for `x` of that shape and `sigma` a number or of shape `(B,)`."""
@@ -50,6 +55,17 @@ class Denoiser(nn.Module):
     def num_classes(self) -> int | None:
         """How many classes the teacher knows; `None` if it is unconditional."""
         return self.unet.config.num_class_embeds
+
+    def describe(self) -> str:
+        """The family, what its network predicts, its noise levels, images, classes and size, in a line."""
+        channels, height, width = self.sample_shape
+        levels = self.trajectory_config
+        return (
+            f"{type(self).__name__} that predicts {self.predicts}, noise levels {levels['sigma_max']:g} to"
+            f" {levels['sigma_min']:g}, images of {channels} × {height} × {width},"
+            f" {f'{self.num_classes} classes' if self.num_classes else 'unconditional'},"
+            f" {type(self.unet).__name__} with {sum(p.numel() for p in self.unet.parameters()) / 1e6:.2f} M parameters"
+        )
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> "Denoiser":
@@ -93,6 +109,22 @@ class Denoiser(nn.Module):
                 " folder whose files are all there."
             ) from error
         return families[0].from_pipeline(pipeline)
+
+
+def get_network(pipeline: DiffusionPipeline) -> nn.Module:
+    """
+    The network of a pipeline in pixel space.
+
+    Raises:
+        InputError: if the pipeline has another one.
+    """
+    network = getattr(pipeline, "unet", None)
+    if not isinstance(network, UNet2DModel | EDMUNet2DModel):
+        raise InputError(
+            f"teacher is a {type(pipeline).__name__} with a network of type {type(network).__name__}; pass a pipeline"
+            " whose `unet` is a UNet2DModel or EDMUNet2DModel."
+        )
+    return network
 
 
 def _find(teacher: str | Path) -> Path:

@@ -1,12 +1,12 @@
 """EDM preconditioning (Karras et al. 2022, table 1)."""
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..errors import InputError
 from ..schedulers import PIDScheduler
-from .base import Denoiser
+from .base import Denoiser, get_network
 
 
 class EDMDenoiser(Denoiser):
@@ -29,7 +29,7 @@ class EDMDenoiser(Denoiser):
     Source: Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models.
     """
 
-    scheduler_classes = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+    scheduler_classes = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CMStochasticIterativeScheduler")
 
     def __init__(
         self,
@@ -53,14 +53,15 @@ class EDMDenoiser(Denoiser):
             "prediction_type": prediction_type,
             "timestep_type": timestep_type,
         }
+        self.predicts = "v_prediction" if prediction_type == "v_prediction" else "EDM's mixture"
         self.sigma_data = sigma_data
         self.sign = -1.0 if prediction_type == "v_prediction" else 1.0
-        self.timestep_scale = 250.0 if timestep_type == "edm_scaled" else 0.25
+        self.noise_levels = PIDScheduler(**self.trajectory_config)
 
     def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         sigma = PIDScheduler.sigma_tensor(sigma, x).expand(x.shape[0])
-        timestep = sigma.log() * self.timestep_scale
+        timestep = self.noise_levels.sigma_to_timestep(sigma)
         sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
         variance = sigma**2 + self.sigma_data**2
         c_skip = self.sigma_data**2 / variance
@@ -72,13 +73,10 @@ class EDMDenoiser(Denoiser):
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> "EDMDenoiser":
-        network = getattr(pipeline, "unet", None)
-        if not isinstance(network, UNet2DModel):
-            raise InputError(
-                f"teacher is a {type(pipeline).__name__} with a network of type {type(network).__name__}; pass a"
-                " pipeline whose `unet` is a UNet2DModel."
-            )
         config = pipeline.scheduler.config
+        levels = {name: config[name] for name in ("sigma_data", "sigma_min", "sigma_max")}
+        if "prediction_type" not in config:  # the consistency models', whose networks have EDM's form
+            return cls(get_network(pipeline), timestep_type="edm_scaled", **levels)
         # diffusers' EDM schedulers call EDM's own output "epsilon"
         kinds = {"epsilon": "edm", "v_prediction": "v_prediction"}
         if config.prediction_type not in kinds:
@@ -86,10 +84,4 @@ class EDMDenoiser(Denoiser):
                 f"teacher has a scheduler with prediction_type {config.prediction_type!r}, which no EDM network"
                 " has; it must be epsilon (EDM's own) or v_prediction."
             )
-        return cls(
-            network,
-            sigma_data=config.sigma_data,
-            sigma_min=config.sigma_min,
-            sigma_max=config.sigma_max,
-            prediction_type=kinds[config.prediction_type],
-        )
+        return cls(get_network(pipeline), prediction_type=kinds[config.prediction_type], **levels)

@@ -7,7 +7,6 @@ from pathlib import Path
 import accelerate
 import diffusers
 import torch
-import yaml
 from huggingface_hub import ModelCard
 
 from .. import __version__
@@ -29,11 +28,22 @@ def teacher_card(teacher: str) -> dict:
     """
     if teacher in BUILT_IN:
         return {"license": "apache-2.0"}
+    local = os.path.isdir(teacher)
     try:
-        data = ModelCard.load(Path(teacher) / "README.md" if os.path.isdir(teacher) else teacher).data
-    except (OSError, ValueError, yaml.YAMLError):  # none there, none that can be reached, or none that is well-formed
+        data = ModelCard.load(Path(teacher) / "README.md" if local else teacher).data
+        card = {name: data.get(name) for name in CARD_FIELDS}
+    except Exception:  # none there, none that can be reached, or none that is well-formed; a run needs none of it
         return {}
-    return {name: data.get(name) for name in CARD_FIELDS if data.get(name)}
+    card = {name: value for name, value in card.items() if value and _is_text(value)}
+    if isinstance(card.get("license"), str):
+        card["license"] = card["license"].lower()
+    link = card.get("license_link")
+    if link and not str(link).startswith(("http://", "https://")):  # a file beside the teacher's card
+        if local:
+            del card["license_link"]
+        else:
+            card["license_link"] = f"https://huggingface.co/{teacher}/blob/main/{link}"
+    return card
 
 
 def describe_teacher(name: str, teacher: Denoiser, card: dict) -> dict:
@@ -57,10 +67,10 @@ def describe_teacher(name: str, teacher: Denoiser, card: dict) -> dict:
     }
 
 
-def describe_compute(device: torch.device, num_processes: int, seconds: float) -> dict:
-    """The hardware of a run, and its GPU hours or CPU core hours: `seconds` times what it kept busy."""
+def describe_compute(device: torch.device, num_processes: int, device_seconds: float) -> dict:
+    """The hardware of a run, and its GPU hours or CPU core hours, of `device_seconds` summed over the processes."""
     hardware = {"device": device.type, "name": _device_name(device), "num_processes": num_processes}
-    hours = num_processes * seconds / 3600
+    hours = device_seconds / 3600
     if device.type == "cpu":
         hardware["num_threads"] = torch.get_num_threads()
         return {"hardware": hardware, "cpu_core_hours": round(hours * hardware["num_threads"], 4)}
@@ -76,6 +86,10 @@ def versions() -> dict[str, str]:
         "accelerate": accelerate.__version__,
         "pid_diffusers": __version__,
     }
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) or isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _device_name(device: torch.device) -> str:

@@ -101,14 +101,17 @@ class RunReport:
         """What `results.json` holds beside the measured figures: all that the card says and `config.yaml` does not."""
         config, device = self.config, next(result.student.parameters()).device
         batch = config.train_batch_size * config.gradient_accumulation_steps * result.num_processes
+        before = self.folder / "results.json"
+        if result.trained_steps == 0 and before.exists():  # a finished run once more: it was trained as it was
+            return json.loads(before.read_text(encoding="utf-8"))
         return {
             "steps": result.steps,
             "skipped_steps": result.skipped_steps,
             "seconds": round(result.seconds, 1),
-            **describe_compute(device, result.num_processes, result.seconds),
+            **describe_compute(device, result.num_processes, result.device_seconds),
             "num_parameters": sum(p.numel() for p in result.student.unet.parameters()),
             "effective_batch_size": batch,
-            "num_starts_seen": batch * result.steps,
+            "num_starts_seen": result.num_starts,
             "ema_decay": config.ema_decays[-1] if config.save_ema_decay is None else config.save_ema_decay,
             "mixed_precision": AcceleratorState().mixed_precision,
             "teacher": describe_teacher(config.teacher, result.teacher, self.teacher_card),

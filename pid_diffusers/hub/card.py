@@ -40,7 +40,7 @@ def render_card(folder: str | Path, model_id: str | None = None) -> str:
         InputError: if the folder holds no pipeline, or one of its files cannot be read.
     """
     folder = Path(folder)
-    model_id = folder.resolve().name if model_id is None else model_id
+    model_id = os.path.basename(os.path.abspath(folder)) if model_id is None else model_id
     if _read(folder, "model_index.json", json.loads) is None:
         raise InputError(f"folder is {str(folder)!r}, which holds no pipeline (model_index.json is missing).")
     unet = _read(folder, "unet/config.json", json.loads)
@@ -55,6 +55,7 @@ def render_card(folder: str | Path, model_id: str | None = None) -> str:
     num_classes = unet.get("num_class_embeds")
     facts = {
         "model_id": model_id,
+        "quoted_id": json.dumps(model_id, ensure_ascii=False),
         "name": model_id.split("/")[-1],
         "unet": unet,
         "scheduler": scheduler,
@@ -94,7 +95,7 @@ def write_card(folder: str | Path, model_id: str | None = None) -> bool:
         `bool`: whether it was written.
     """
     path = Path(folder) / CARD_FILE
-    if path.exists() and not is_generated(path.read_text(encoding="utf-8")):
+    if path.exists() and not is_generated(path.read_text(encoding="utf-8", errors="replace")):
         return False
     write_text(path, render_card(folder, model_id))
     return True

@@ -2,14 +2,15 @@
 
 import json
 import logging
+import os
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import get_session, validate_repo_id
 
 from ..errors import InputError
 from .card import CARD_FILE, is_generated, render_card
@@ -17,13 +18,21 @@ from .card import CARD_FILE, is_generated, render_card
 logger = logging.getLogger(__name__)
 
 INDEX_FILE = "model_index.json"
-# beside the pipeline and the pictures at the top of the folder
-OTHER_FILES = (CARD_FILE, "LICENSE", "pipeline.py", "config.yaml", "results.json", "metrics.jsonl")
-PICTURES = (".png", ".svg", ".jpg")
+# at the top of the folder, beside the pipeline's components
+OTHER_FILES = (
+    *(CARD_FILE, "LICENSE", "pipeline.py", "config.yaml", "results.json", "metrics.jsonl"),
+    *("samples.png", "trajectory.png", "loss.png"),
+)
+# what save_pretrained writes of a component: configurations, weights, tokenizers, and the code that travels along
+COMPONENT_FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".py")
+# of an optimizer, should somebody have put it there
+NOT_WEIGHTS = ("optimizer", "scheduler", "training_args")
 # seconds before another attempt
 DELAYS = (2, 8, 32)
 # timeouts, another commit at the same time, too many requests, and troubles of the server's own
 TRANSIENT_STATUS = (408, 409, 412, 429, 500, 502, 503, 504)
+# seconds without any answer, after which a request has failed; by default the client waits for ever
+TIMEOUT = 30
 NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet")
 
 
@@ -58,17 +67,22 @@ def push(
     """
     folder = Path(folder)
     files = repository_files(folder)
-    repo_id = check_repo_id(repo_id or folder.resolve().name)
+    repo_id = check_repo_id(repo_id or name_of(folder))
     api = HfApi() if api is None else api
     if not (api.token or get_token()):
         raise InputError("there is no token for the Hub; run 'hf auth login', or set HF_TOKEN.")
+    limit_waiting()
     for delay in (*delays, None):
         try:
             address = api.create_repo(repo_id, private=private, exist_ok=True)
             operations = [
                 CommitOperationAdd(name, _content(folder, path, name, address.repo_id)) for name, path in files.items()
             ]
-            api.create_commit(address.repo_id, operations, commit_message=f"Add {folder.resolve().name}")
+            if private and not api.model_info(address.repo_id).private:
+                logger.warning(
+                    f"{address.repo_id} was there already and is public, and stays so: change that in its settings."
+                )
+            api.create_commit(address.repo_id, operations, commit_message=f"Add {name_of(folder)}")
             return str(address)
         except Exception as error:  # whatever it is, it must not cost a run
             if delay is None or not _is_transient(error):
@@ -99,15 +113,26 @@ def repository_files(folder: str | Path) -> dict[str, Path]:
         components = [name for name, value in index.items() if isinstance(value, list) and not name.startswith("_")]
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(
-            f"the folder to push is {str(folder)!r}, which holds no diffusers pipeline ({INDEX_FILE}:"
-            f" {type(error).__name__}); pass the output folder of a finished run."
+            f"the folder to push is {str(folder)!r}, which"
+            f" {'holds no diffusers pipeline (' + INDEX_FILE + ')' if folder.is_dir() else 'is no folder'}; pass the"
+            " output folder of a finished run."
         ) from error
     paths = [folder / INDEX_FILE, *(folder / name for name in OTHER_FILES)]
-    paths += sorted(path for path in folder.glob("*") if path.suffix in PICTURES)
     for component in components:
-        paths += sorted((folder / component).rglob("*"))
+        found = (folder / component).rglob("*")
+        paths += sorted(path for path in found if path.suffix in COMPONENT_FILES and path.stem not in NOT_WEIGHTS)
     names = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file()}
     return {name: path for name, path in names.items() if not any(part[0] in "._" for part in name.split("/"))}
+
+
+def name_of(folder: str | Path) -> str:
+    """A folder's own name, also of `.` and of a link."""
+    return os.path.basename(os.path.abspath(folder))
+
+
+def limit_waiting():
+    """Has every request of huggingface_hub in this process fail after `TIMEOUT` seconds without an answer."""
+    get_session().timeout = TIMEOUT
 
 
 def check_repo_id(repo_id: str) -> str:
@@ -121,8 +146,8 @@ def check_repo_id(repo_id: str) -> str:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InputError(
-            f"hub_model_id is {repo_id!r}, which is no name for a repo on the Hub; pass user/name, of letters, digits,"
-            " '-', '_' and '.'."
+            f"hub_model_id, by default the folder's name, is {repo_id!r}, which no repo on the Hub can have; pass"
+            " --hub_model_id user/name, of letters, digits, '-', '_' and '.'."
         ) from error
     return repo_id
 
@@ -131,8 +156,15 @@ def describe(error: Exception) -> str:
     """What went wrong, in one line."""
     if isinstance(error, HfHubHTTPError):
         said = error.server_message or error.response.reason_phrase
-        return f"the Hub answered {error.response.status_code}: {' '.join(said.split())}"
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"the Hub answered {error.response.status_code}: {_in_one_line(said)}"
+    return f"{type(error).__name__}: {_in_one_line(str(error))}"
+
+
+def advice(reason: str) -> str:
+    """What to do about a failure that trying again would not mend, as the end of a sentence, or nothing."""
+    if "answered 401" in reason:
+        return "; run 'hf auth login', or correct HF_TOKEN"
+    return "; choose a --hub_model_id in a namespace that the token may write to" if "answered 403" in reason else ""
 
 
 def _content(folder: Path, path: Path, name: str, repo_id: str) -> bytes | str:
@@ -147,7 +179,14 @@ def _content(folder: Path, path: Path, name: str, repo_id: str) -> bytes | str:
     return str(path)
 
 
+def _in_one_line(text: str, limit: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
 def _is_transient(error: Exception) -> bool:
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in TRANSIENT_STATUS
     of_network = type(error).__module__.split(".")[0] in NETWORK_LIBRARIES

@@ -11,6 +11,7 @@ from ..trajectory import TrajectoryModel
 from .distances import get_distance
 
 SCHEMES = ("upwind", "midpoint", "central")
+WEIGHTINGS = ("uniform", "inverse_variance")
 
 
 class PIDLoss(nn.Module):
@@ -45,16 +46,28 @@ class PIDLoss(nn.Module):
         distance (`str` or `Callable`, defaults to `"l2"`): `"l2"`, `"l1"`, `"pseudo_huber"`, `"lpips"`, or a function
             of (prediction, target), both `(B, C, H, W)`, that returns `(B,)`.
         split_batch (`bool`, defaults to `False`): one student call a point of the stencil, which halves the memory.
+        weighting (`str`, defaults to `"uniform"`): what a sample's loss is multiplied by. `"uniform"`: 1, the paper's;
+            `"inverse_variance"`: σ_d²/(σ²+σ_d²) of the noise level at which the teacher is asked, for teachers that
+            predict noise, whose D multiplies the network's error by σ.
 
     Raises:
-        ValueError: for an unknown scheme or distance.
+        ValueError: for an unknown scheme, distance or weighting.
     """
 
-    def __init__(self, scheme: str = "upwind", distance: str | Callable = "l2", split_batch: bool = False):
+    def __init__(
+        self,
+        scheme: str = "upwind",
+        distance: str | Callable = "l2",
+        split_batch: bool = False,
+        weighting: str = "uniform",
+    ):
         super().__init__()
         if scheme not in SCHEMES:
             raise ValueError(f"scheme is {scheme!r}; choose one of {', '.join(SCHEMES)}.")
+        if weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting is {weighting!r}; choose one of {', '.join(WEIGHTINGS)}.")
         self.scheme = scheme
+        self.weighting = weighting
         self.distance = get_distance(distance) if isinstance(distance, str) else distance
         self.split_batch = split_batch
 
@@ -84,7 +97,11 @@ class PIDLoss(nn.Module):
                 x = (x + scheduler.trajectory(outputs[1], z, sigmas[1])[0]) / 2
                 sigma = (sigma + sigmas[1]) / 2
             target = teacher(x, sigma, **condition)
-        return self.distance(prediction, target)
+        distance = self.distance(prediction, target)
+        if self.weighting == "uniform":
+            return distance
+        variance = scheduler.config.sigma_data**2
+        return distance * (variance / (sigma**2 + variance)).to(distance.dtype)
 
     def composite(
         self,

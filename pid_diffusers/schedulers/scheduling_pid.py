@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
-PREDICTION_TYPES = ("sample", "edm", "epsilon", "v_prediction")
-TIMESTEP_TYPES = ("edm", "edm_scaled")
+PREDICTION_TYPES = ("sample", "edm", "epsilon", "v_prediction", "residual", "score")
+TIMESTEP_TYPES = ("edm", "edm_scaled", "discrete", "sigma")
 
 
 @dataclass
@@ -59,11 +60,21 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         prediction_type (`str`, defaults to `"sample"`): the head (a, b). `"sample"`: (0, 1), the paper's. The others
             are a teacher's own coefficients at σ = T, so that a copy of the teacher begins with X_θ(z, T) = D(z, T).
             `"edm"`: (σ_d²/(σ_d²+T²), Tσ_d/√(σ_d²+T²)); `"epsilon"`: (1, −T);
-            `"v_prediction"`: (σ_d²/(σ_d²+T²), −Tσ_d/√(σ_d²+T²)).
-        timestep_type (`str`, defaults to `"edm"`): c_noise. `"edm"`: ln(σ)/4; `"edm_scaled"`: 250 ln(σ).
+            `"v_prediction"`: (σ_d²/(σ_d²+T²), −Tσ_d/√(σ_d²+T²)). `"residual"`: (c_in(T), −1), for networks that
+            predict noise: it is near 0 at first, and their error is not multiplied by T as in `"epsilon"`. `"score"`:
+            the same for networks that predict the score and see z as it is, X_θ = z/T + σ F_θ(z, c_noise(σ)).
+        timestep_type (`str`, defaults to `"edm"`): c_noise. `"edm"`: ln(σ)/4; `"edm_scaled"`: 250 ln(σ);
+            `"discrete"`: the real-valued index of σ among the noise levels √((1−ᾱ_k)/ᾱ_k) of a discrete diffusion
+            model, interpolated linearly in ln(σ), and at the ends the first or last index; `"sigma"`: σ itself.
+        beta_schedule (`str`, *optional*): β_k of that model, for `"discrete"`, by the names that diffusers gives to
+            schedules (`"linear"`, `"scaled_linear"`, `"squaredcos_cap_v2"`, …).
+        beta_start (`float`, defaults to 0.0001), beta_end (`float`, defaults to 0.02): its first and last β.
+        num_beta_steps (`int`, defaults to 1000): how many there are.
+        trained_betas (`list[float]`, *optional*): all of them, instead of a schedule.
 
     Raises:
-        ValueError: for an unknown head or timestep type, N < 2, σ_data ≤ 0, ρ ≤ 0, or unless 0 < σ_min < σ_max.
+        ValueError: for an unknown head, timestep type or schedule, N < 2, σ_data ≤ 0, ρ ≤ 0, or unless
+            0 < σ_min < σ_max.
 
     Source: Tee et al., Physics Informed Distillation for Diffusion Models; Karras et al. 2022 (EDM).
     """
@@ -87,6 +98,11 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         rho: float = 7.0,
         prediction_type: str = "sample",
         timestep_type: str = "edm",
+        beta_schedule: str | None = None,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        num_beta_steps: int = 1000,
+        trained_betas: list[float] | None = None,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
@@ -101,6 +117,13 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
             )
         if not 0 < sigma_data < math.inf or not 0 < rho < math.inf:
             raise ValueError(f"sigma_data is {sigma_data} and rho is {rho}; both must be positive and finite.")
+        if (timestep_type == "discrete") != (beta_schedule is not None or trained_betas is not None):
+            raise ValueError(
+                f"timestep_type is {timestep_type!r}, beta_schedule {beta_schedule!r}; a discrete model needs"
+                " beta_schedule or trained_betas, and no other has them."
+            )
+        if timestep_type == "discrete":
+            self._log_sigmas = self.discrete_sigmas.log()
         self.init_noise_sigma = sigma_max
         self.num_inference_steps = None
         self.sigmas = self.grid().to(torch.float32)
@@ -118,17 +141,44 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         return grid
 
     @property
+    def discrete_sigmas(self) -> torch.Tensor:
+        """σ_k = √((1−ᾱ_k)/ᾱ_k) of a discrete model, `(num_beta_steps,)` in float64 on the CPU."""
+        try:
+            schedule = DDPMScheduler(
+                num_train_timesteps=self.config.num_beta_steps,
+                beta_start=self.config.beta_start,
+                beta_end=self.config.beta_end,
+                beta_schedule=self.config.beta_schedule or "linear",
+                trained_betas=self.config.trained_betas,
+            )
+        except NotImplementedError as error:
+            raise ValueError(
+                f"beta_schedule is {self.config.beta_schedule!r}; choose one that diffusers has."
+            ) from error
+        alphas_cumprod = schedule.alphas_cumprod.to(torch.float64)
+        return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+    @property
     def c_in(self) -> float:
-        """c_in(T) = 1/√(σ_data² + T²): scales the start z to unit variance for the network, at every noise level."""
+        """c_in(T) = 1/√(σ_data² + T²): scales the start z to unit variance for the network, at every noise level.
+
+        With the head `"score"` it is 1.
+        """
+        if self.config.prediction_type == "score":
+            return 1.0
         return 1 / math.hypot(self.config.sigma_data, self.config.sigma_max)
 
     @property
     def head(self) -> tuple[float, float]:
-        """(a, b) of X_θ = a z + b F_θ."""
+        """(a, b) of X_θ = a z + b F_θ, with F_θ from [`~PIDScheduler.network_output`]."""
         if self.config.prediction_type == "sample":
             return 0.0, 1.0
         if self.config.prediction_type == "epsilon":
             return 1.0, -self.config.sigma_max
+        if self.config.prediction_type == "residual":
+            return self.c_in, -1.0
+        if self.config.prediction_type == "score":
+            return 1 / self.config.sigma_max, 1.0
         a = (self.config.sigma_data * self.c_in) ** 2
         b = self.config.sigma_max * self.config.sigma_data * self.c_in
         return (a, b) if self.config.prediction_type == "edm" else (a, -b)
@@ -140,8 +190,16 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         return torch.as_tensor(sigma, dtype=None if keep else torch.promote_types(z.dtype, torch.float32)).to(z.device)
 
     def sigma_to_timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        """c_noise(σ), the number that the network is told: ln(σ)/4 (`"edm"`) or 250 ln(σ) (`"edm_scaled"`)."""
-        return sigma.log() * 250 if self.config.timestep_type == "edm_scaled" else sigma.log() / 4
+        """c_noise(σ), the number that the network is told: ln(σ)/4, 250 ln(σ), an index or σ (`timestep_type`)."""
+        if self.config.timestep_type == "sigma":
+            return sigma
+        if self.config.timestep_type == "edm":
+            return sigma.log() / 4
+        if self.config.timestep_type == "edm_scaled":
+            return sigma.log() * 250
+        log_sigma, knots = sigma.log(), self._log_sigmas.to(sigma.device, sigma.dtype)
+        k = torch.searchsorted(knots, log_sigma.contiguous()).clamp(1, len(knots) - 1) - 1
+        return k + ((log_sigma - knots[k]) / (knots[k + 1] - knots[k])).clamp(0, 1)
 
     def timestep_to_sigma(self, timestep: float | torch.Tensor) -> torch.Tensor:
         """
@@ -155,8 +213,15 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         indices = (self.timesteps == timestep).nonzero()
         if len(indices) > 0:
             return self.sigmas[indices[0, 0]]
-        sigma = torch.exp(timestep / 250 if self.config.timestep_type == "edm_scaled" else timestep * 4)
-        if not sigma <= self.config.sigma_max:
+        if self.config.timestep_type == "discrete":
+            knots = self._log_sigmas.to(timestep.device, timestep.dtype)
+            k = timestep.floor().long().clamp(0, len(knots) - 2)
+            sigma = torch.exp(knots[k] + (timestep - k) * (knots[k + 1] - knots[k]))
+        elif self.config.timestep_type == "sigma":
+            sigma = timestep
+        else:
+            sigma = torch.exp(timestep / 250 if self.config.timestep_type == "edm_scaled" else timestep * 4)
+        if not sigma <= self.config.sigma_max * (1 + 1e-5):  # rounded
             raise ValueError(
                 f"timestep {timestep.item():g} means a noise level of {sigma.item():g}, above sigma_max ="
                 f" {self.config.sigma_max:g}; pass an element of scheduler.timesteps, not an index."
@@ -213,14 +278,35 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         """
         return sample * self.c_in
 
+    @staticmethod
+    def without_variance(model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
+        """The first half of the channels, where the network gives a learned variance in the other half."""
+        return model_output[:, : sample.shape[1]] if model_output.shape[1] == 2 * sample.shape[1] else model_output
+
+    def network_output(self, model_output: torch.Tensor, z: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """
+        F_θ of the head, `(B, C, H, W)`, from what the network gives: without a learned variance, and for the head
+        `"score"` times σ.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(B, C, H, W)` or `(B, 2C, H, W)`): at c_in(T) z and c_noise(σ).
+            z (`torch.Tensor` of shape `(B, C, H, W)`): the start.
+            sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): the noise level.
+        """
+        output = self.without_variance(model_output, z)
+        if self.config.prediction_type != "score":
+            return output
+        sigma = self.sigma_tensor(sigma, z)
+        return output * (sigma.reshape(-1, *[1] * (z.ndim - 1)) if sigma.ndim else sigma)
+
     def trajectory(
-        self, model_output: torch.Tensor, z: torch.Tensor, sigma: float | torch.Tensor
+        self, network_output: torch.Tensor, z: torch.Tensor, sigma: float | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         x_θ(z, σ) and X_θ(z, σ) from the network's output (eq. 7).
 
         Args:
-            model_output (`torch.Tensor` of shape `(B, C, H, W)`): F_θ(c_in(T) z, c_noise(σ)).
+            network_output (`torch.Tensor` of shape `(B, C, H, W)`): F_θ, from [`~PIDScheduler.network_output`].
             z (`torch.Tensor` of shape `(B, C, H, W)`): the start, of standard deviation T.
             sigma (`float` or `torch.Tensor` of shape `()` or `(B,)`): the noise level, in [0, T].
 
@@ -233,7 +319,7 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         skip = sigma / torch.as_tensor(self.config.sigma_max, dtype=sigma.dtype, device=z.device)
         a, b = self.head
         start = z.to(dtype)
-        head = a * start + b * model_output.to(dtype)
+        head = a * start + b * network_output.to(dtype)
         x = skip * start + (1 - skip) * head
         return x.to(z.dtype), head.to(z.dtype)
 
@@ -249,13 +335,14 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         The point of the trajectory at `timestep`, from its start.
 
         Args:
-            model_output (`torch.Tensor`): F_θ(c_in(T) z, `timestep`).
+            model_output (`torch.Tensor`): what the network gives at c_in(T) z and `timestep`.
             timestep (`float` or `torch.Tensor`): an element of `self.timesteps`.
             sample (`torch.Tensor`): z, the start of the trajectory (not the result of an earlier step).
             generator (`torch.Generator`, *optional*): unused, since nothing is random here.
             return_dict (`bool`, defaults to `True`): a [`PIDSchedulerOutput`] instead of a tuple.
         """
-        x, head = self.trajectory(model_output, sample, self.timestep_to_sigma(timestep))
+        sigma = self.timestep_to_sigma(timestep)
+        x, head = self.trajectory(self.network_output(model_output, sample, sigma), sample, sigma)
         if not return_dict:
             return x, head
         return PIDSchedulerOutput(prev_sample=x, pred_original_sample=head)

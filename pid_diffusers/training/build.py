@@ -67,16 +67,20 @@ def create_student(config: TrainingConfig, teacher: Denoiser) -> nn.Module:
         ) from error
 
 
-def create_loss(config: TrainingConfig) -> PIDLoss:
-    """The loss with its scheme and distance."""
+def create_loss(config: TrainingConfig, teacher: Denoiser) -> PIDLoss:
+    """The loss with its scheme and distance, weighted as it suits the teacher unless the settings say otherwise."""
     options = {"pseudo_huber": {"c": config.huber_c}, "lpips": {"vgg_weights": config.lpips_vgg_weights}}
     distance = get_distance(config.distance, **options.get(config.distance, {}))
-    return PIDLoss(scheme=config.scheme, distance=distance, split_batch=config.split_batch)
+    weighting = teacher.loss_weighting if config.weighting is None else config.weighting
+    return PIDLoss(config.scheme, distance, config.split_batch, weighting)
 
 
-def check_fit(config: TrainingConfig, student: TrajectoryModel, teacher: Denoiser, loss: PIDLoss):
+def check_fit(config: TrainingConfig, student: TrajectoryModel, teacher: Denoiser, loss: PIDLoss) -> int:
     """
     Evaluates the loss once, so that what does not fit together is found before anything is written.
+
+    Returns:
+        `int`: the bytes that one start of a batch keeps for the backward pass, in float32.
 
     Raises:
         InputError: if a network cannot be evaluated, or the validation's classes or classifier are not the teacher's.
@@ -89,7 +93,15 @@ def check_fit(config: TrainingConfig, student: TrajectoryModel, teacher: Denoise
         shape = (1, *teacher.sample_shape)
         sigma_max = student.scheduler.config.sigma_max
         z, indices, generator = draw_batch(shape, sigma_max, config.num_train_timesteps, (0, 0, 0, 0), "cpu")
-        with torch.no_grad():
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+        kept = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             loss(student, teacher, z, indices, **teacher.draw_condition(1, generator))
     except InputError:
         raise
@@ -104,3 +116,29 @@ def check_fit(config: TrainingConfig, student: TrajectoryModel, teacher: Denoise
             "eval_classifier is 'digits', which reads images of shape (1, 8, 8) in 10 classes; the teacher's have"
             f" shape {shape[1:]} in {known or 'no'} classes, so pass --eval_classifier none."
         )
+    return sum(size for pointer, size in kept.items() if pointer not in parameters)
+
+
+def estimate_memory(config: TrainingConfig, student: nn.Module, teacher: nn.Module, bytes_per_start: int) -> str:
+    """What training will keep in a process's memory, roughly; libraries and buffers of their own come on top.
+
+    Args:
+        student, teacher (`nn.Module`): the networks.
+        bytes_per_start (`int`): from [`check_fit`].
+    """
+    weights, of_teacher = (sum(p.numel() for p in network.parameters()) for network in (student, teacher))
+    half = config.mixed_precision in ("fp16", "bf16")
+    # float32 weights, gradients, two moments, and the moving averages
+    state = 4 * weights * (4 + len(config.ema_decays)) + of_teacher * (2 if half else 4)
+    activations = bytes_per_start * config.train_batch_size // (2 if half else 1)
+    return (
+        f"about {_bytes(state + activations)} a process: {_bytes(state)} for weights, optimizer and averages,"
+        f" {_bytes(activations)} for a batch of {config.train_batch_size}"
+    )
+
+
+def _bytes(number: int) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.3g} {unit}" if unit != "bytes" else f"{number} bytes"
+        number /= 1000

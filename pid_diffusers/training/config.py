@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from ..errors import InputError
 from ..losses.distances import DISTANCES
-from ..losses.pid import SCHEMES
+from ..losses.pid import SCHEMES, WEIGHTINGS
 from ..schedulers.scheduling_pid import PREDICTION_TYPES
 
 PRESETS = Path(__file__).parent.parent / "presets"
@@ -58,6 +58,10 @@ class TrainingConfig:
     distance: str = option("l2", f"distance of the residual: {', '.join(DISTANCES)}")
     huber_c: float | None = option(None, "c of pseudo_huber; default: 0.00054 √(number of pixels × channels)")
     lpips_vgg_weights: str | None = option(None, "local copy of torchvision's vgg16-397923af.pth, for lpips")
+    weighting: str | None = option(
+        None,
+        f"what the loss at a noise level counts: {', '.join(WEIGHTINGS)}; default: the one that suits the teacher",
+    )
     split_batch: bool = option(False, "one student call a time instead of one of doubled batch: slower, less memory")
 
     # optimisation
@@ -134,8 +138,11 @@ class TrainingConfig:
         choice("hub_strategy", HUB_STRATEGIES)
         for name in ("hub_model_id", "hub_private_repo"):
             require(self.push_to_hub or not getattr(self, name), name, "it needs --push_to_hub, too")
+        require(self.push_to_hub or self.hub_strategy == "end", "hub_strategy", "it needs --push_to_hub, too")
         if self.prediction_type is not None:
             choice("prediction_type", PREDICTION_TYPES)
+        if self.weighting is not None:
+            choice("weighting", WEIGHTINGS)
         if self.mixed_precision is not None:
             choice("mixed_precision", ("no", "fp16", "bf16"))
         if self.eval_classifier is not None:

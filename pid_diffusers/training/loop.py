@@ -34,7 +34,7 @@ from ..pipelines import OneStepPIDPipeline
 from ..precision import keep_output_in_float32
 from ..trajectory import TrajectoryModel
 from . import checkpoints
-from .build import check_fit, create_loss, create_scheduler, create_student
+from .build import check_fit, create_loss, create_scheduler, create_student, estimate_memory
 from .config import TrainingConfig
 from .noise import draw_batch
 
@@ -61,6 +61,9 @@ class TrainingResult:
         steps (`int`): optimizer steps done, skipped ones counted in.
         skipped_steps (`int`): steps without an update, since loss or gradient were not finite.
         seconds (`float`): time in training, validation and checkpoints left out, earlier parts of the run counted in.
+        device_seconds (`float`): the same, summed over the processes of each part.
+        num_starts (`int`): starts z that were drawn, over all processes and parts.
+        trained_steps (`int`): the steps of this part, 0 if there was nothing left to train.
         num_processes (`int`): how many processes trained.
         is_main_process (`bool`): whether this process writes.
         interrupted_by (`int`, *optional*): the signal that ended the run early.
@@ -71,6 +74,9 @@ class TrainingResult:
     steps: int
     skipped_steps: int
     seconds: float
+    device_seconds: float
+    num_starts: int
+    trained_steps: int
     num_processes: int
     is_main_process: bool
     interrupted_by: int | None = None
@@ -98,8 +104,12 @@ class Trainer:
         self.scheduler = create_scheduler(config, self.teacher)
         self.unet = create_student(config, self.teacher)
         self.teacher.requires_grad_(False)
-        self.loss = create_loss(config)
-        check_fit(config, TrajectoryModel(self.unet, self.scheduler), self.teacher, self.loss)
+        self.loss = create_loss(config, self.teacher)
+        self.weighting = self.loss.weighting
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self.unet.train()
+        self.bytes_per_start = check_fit(config, TrajectoryModel(self.unet, self.scheduler), self.teacher, self.loss)
         self.checkpoint = self._check_output_dir()
         self.accelerator = self._create_accelerator()
         self.state = self._check_checkpoint()
@@ -131,9 +141,10 @@ class Trainer:
 
         accelerator.print(self._describe())
 
-        names = ("step", "skipped_steps", "skipped_in_a_row", "seconds")
+        names = ("step", "skipped_steps", "skipped_in_a_row", "seconds", "device_seconds", "num_starts")
         counters = {name: self.state.get(name, 0) for name in names}
-        step, skipped, skipped_in_a_row, seconds = counters.values()
+        step, skipped, skipped_in_a_row, seconds, device_seconds, num_starts = counters.values()
+        batch = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         progress = tqdm(
             total=config.max_train_steps,
             initial=step,
@@ -157,8 +168,12 @@ class Trainer:
                 progress.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}", refresh=False)
 
                 # only training is timed: what follows is not part of the cost of a step
-                seconds += time.perf_counter() - start
-                counters = dict(zip(names, (step, skipped, skipped_in_a_row, seconds), strict=True))
+                elapsed = time.perf_counter() - start
+                seconds += elapsed
+                device_seconds += elapsed * accelerator.num_processes
+                num_starts += batch
+                values = (step, skipped, skipped_in_a_row, seconds, device_seconds, num_starts)
+                counters = dict(zip(names, values, strict=True))
                 if skipped_in_a_row >= config.max_skipped_steps:
                     raise TrainingStopped(self._explain_divergence(step, skipped_in_a_row))
                 if step % config.logging_steps == 0 or step == config.max_train_steps:
@@ -200,6 +215,9 @@ class Trainer:
             steps=counters["step"],
             skipped_steps=counters["skipped_steps"],
             seconds=counters["seconds"],
+            device_seconds=counters["device_seconds"],
+            num_starts=counters["num_starts"],
+            trained_steps=counters["step"] - self.state.get("step", 0),
             num_processes=self.accelerator.num_processes,
             is_main_process=self.accelerator.is_main_process,
             interrupted_by=interrupted_by,
@@ -212,11 +230,13 @@ class Trainer:
         millions = sum(p.numel() for p in self.parameters) / 1e6
         device = self.accelerator.device
         return (
-            f"Teacher {config.teacher}: {type(self.teacher).__name__}, {self.teacher.sample_shape}, noise levels"
-            f" {settings.sigma_max:g} to {settings.sigma_min:g}.\n"
-            f"Student: {millions:.2f} M parameters, head {settings.prediction_type},"
+            f"Teacher {config.teacher}: {self.teacher.describe()}.\n"
+            f"Student: {millions:.2f} M parameters, head {settings.prediction_type}, noise levels"
+            f" {settings.sigma_max:g} to {settings.sigma_min:g},"
             f" {'a copy of the teacher' if config.student_config is None else 'random weights'}.\n"
-            f"Loss: {config.scheme}, {config.distance}, N = {settings.num_train_timesteps}. On {device}"
+            f"Loss: {config.scheme}, {config.distance}, weighting {self.weighting},"
+            f" N = {settings.num_train_timesteps}.\n"
+            f"Memory: {estimate_memory(config, self.unet, self.exact_teacher, self.bytes_per_start)}. On {device}"
             + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + f", {self.accelerator.num_processes} process(es), precision {self.accelerator.mixed_precision}."
             + (f"\nContinuing from {self.checkpoint}." if self.checkpoint else "")
@@ -289,8 +309,9 @@ class Trainer:
 
     def _settings(self) -> dict:
         """The settings that a run which continues a checkpoint had better share, though it need not."""
-        elsewhere = ("preset", "output_dir", "resume_from_checkpoint")
-        return {name: value for name, value in self.config.to_dict().items() if name not in elsewhere}
+        elsewhere = ("preset", "output_dir", "resume_from_checkpoint", "push_to_hub")
+        settings = self.config.to_dict().items()
+        return {name: value for name, value in settings if name not in elsewhere and not name.startswith("hub_")}
 
     def _create_accelerator(self) -> Accelerator:
         config = self.config
@@ -335,9 +356,6 @@ class Trainer:
             keep_output_in_float32(self.teacher.unet, body_dtype=dtype)
         self.teacher.to(accelerator.device)
         self.loss.to(accelerator.device)
-        if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
-        self.unet.train()
         for module in self.unet.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # the paper's table 6
@@ -432,10 +450,8 @@ class Trainer:
         try:
             self._save_pipeline(result.student)
             on_checkpoint(result)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if not _is_write_error(error):
-                raise
-            logger.warning(f"the pipeline of step {counters['step']} could not be written: {error}")
+        except Exception as error:  # nothing that is done with a checkpoint may end the run, or leave others waiting
+            logger.warning(f"step {counters['step']} could not be handed out: {type(error).__name__}: {error}")
 
     # --- moving averages ---------------------------------------------------------------------------------------------
 

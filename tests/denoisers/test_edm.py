@@ -1,8 +1,8 @@
 import pytest
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, EDMEulerScheduler
 
-from pid_diffusers import EDMDenoiser
+from pid_diffusers import Denoiser, EDMDenoiser
 
 SIGMAS = [0.002, 0.5, 7.0, 80.0]
 
@@ -85,3 +85,20 @@ def test_drawn_conditions_are_repeatable_and_cover_all_classes(tiny_unet):
 def test_an_invalid_argument_is_named(tiny_unet, name):
     with pytest.raises(ValueError, match=f"{name} is 'epsilon'"):
         EDMDenoiser(tiny_unet(), **{name: "epsilon"})
+
+
+@torch.no_grad()
+def test_a_consistency_models_scheduler_is_read_as_edm_told_250_ln_sigma(tiny_unet, noise, tmp_path):
+    unet = tiny_unet(num_class_embeds=4)
+    scheduler = CMStochasticIterativeScheduler(sigma_data=0.6)
+    ConsistencyModelPipeline(unet, scheduler).save_pretrained(tmp_path)
+    teacher, labels = Denoiser.from_pretrained(tmp_path).double(), torch.tensor([1, 3])
+    unet = unet.double()
+    scheduler.set_timesteps(4)
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas[:-1], strict=True):
+        scheduler._step_index = None  # only `step` moves it on
+        sigma = sigma.double()
+        x = sigma * noise(2, 3, 8, 8, dtype=torch.float64)
+        output = unet(scheduler.scale_model_input(x, t), t, class_labels=labels, return_dict=False)[0]
+        c_skip, c_out = scheduler.get_scalings(sigma)
+        assert torch.allclose(teacher(x, sigma, class_labels=labels), c_skip * x + c_out * output, atol=1e-4)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import ConsistencyModelPipeline, DDPMPipeline, DDPMScheduler, EDMEulerScheduler
+from diffusers import ConsistencyModelPipeline, DDPMPipeline, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from sklearn.datasets import load_digits
 
 from pid_diffusers import Denoiser, EDMDenoiser, InputError
@@ -89,8 +89,8 @@ def test_a_model_index_of_another_form_is_an_input_error(tmp_path, content):
 
 
 def test_a_scheduler_that_does_not_tell_the_parametrisation_is_an_input_error(tiny_unet, tmp_path):
-    DDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
-    message = assert_names_the_teacher(tmp_path, "DDPMScheduler", "EDMEulerScheduler")
+    DDPMPipeline(tiny_unet(), FlowMatchEulerDiscreteScheduler()).save_pretrained(tmp_path)
+    message = assert_names_the_teacher(tmp_path, "FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler")
     assert message.endswith(".")
 
 

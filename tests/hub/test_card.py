@@ -130,7 +130,7 @@ def test_a_reader_is_told_recipe_hardware_time_and_versions(run):
 
 
 def test_gpu_hours_count_every_process():
-    meta = describe_compute(torch.device("meta"), 8, 1800.0)
+    meta = describe_compute(torch.device("meta"), 8, 8 * 1800.0)
     assert meta["gpu_hours"] == 4.0 and meta["hardware"]["num_processes"] == 8
 
 

@@ -17,6 +17,7 @@ from loading_cells import digest
 from pid_diffusers import InputError, OneStepPIDPipeline
 from pid_diffusers.evaluation.report import RunReport
 from pid_diffusers.hub.card import render_card
+from pid_diffusers.hub.publish import Publisher
 from pid_diffusers.hub.push import PushFailed, push, push_command, repository_files
 from pid_diffusers.training import Trainer, TrainingConfig
 
@@ -94,7 +95,9 @@ def test_the_pipeline_its_card_pictures_figures_and_settings_are_uploaded_and_no
     (folder / "notes.txt").write_text("not for others")
     (folder / "teacher").mkdir()
     (folder / "teacher" / "diffusion_pytorch_model.safetensors").write_bytes(b"weights")
+    (folder / "passport.png").write_bytes(b"not for others")
     (folder / "unet" / ".config.json.partial").write_text("half")
+    (folder / "unet" / "optimizer.bin").write_bytes(b"state")
     assert (folder / "checkpoint-2" / "optimizer.bin").exists() and (folder / "logs").exists()
     assert push(folder, api=api) == f"{hub.endpoint}/ada/my-student"
     assert uploaded(hub, "ada/my-student") == PIPELINE | REPORT
@@ -166,7 +169,7 @@ def test_a_push_that_fails_says_why_and_changes_nothing(run, hub, api, hasty, re
     with pytest.raises(PushFailed) as raised:
         push(run, delays=(1, 1), api=api)
     message = str(raised.value)
-    assert str(how) in message if how != "cut" else "Error" in message
+    assert f"the Hub answered {how}: " in message if how != "cut" else "httpx" in str(type(raised.value.__cause__))
     assert "\n" not in message and hub.token not in message
     assert failure.count >= (1 if how in (401, 403) else 3)
     assert content(run) == before
@@ -198,20 +201,66 @@ def test_a_hub_that_cannot_be_reached_is_named(run, hasty):
 
 @pytest.mark.parametrize("name", ["a/b/c", "with space", "ada/what?", "-", "ada/" + "x" * 97])
 def test_an_impossible_name_is_an_input_error(run, api, hub, name):
-    with pytest.raises(InputError, match="hub_model_id is"):
+    with pytest.raises(InputError, match="hub_model_id, by default"):
         push(run, name, api=api)
     assert not hub.requests
 
 
 def test_a_folder_without_a_pipeline_is_an_input_error(tmp_path, api):
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(InputError, match="holds no diffusers pipeline"):
+    for folder, said in ((tmp_path, "holds no diffusers pipeline"), (tmp_path / "absent", "is no folder")):
+        with pytest.raises(InputError, match=said):
             push(folder, api=api)
 
 
 def test_the_command_that_pushes_later_is_quoted():
     command = push_command("my runs/student", "ada/student", private=True)
     assert shlex.split(command)[2:] == ["my runs/student", "--hub_model_id", "ada/student", "--hub_private_repo"]
+
+
+def test_a_hub_that_never_answers_is_given_up(run, hub, api, hasty, monkeypatch):
+    monkeypatch.setattr("pid_diffusers.hub.push.TIMEOUT", 0.3)
+    failure = hub.fail(REQUESTS["commit"], "hang")
+    with pytest.raises(PushFailed, match="Timeout"):
+        push(run, delays=(1,), api=api)
+    assert failure.count == 2
+
+
+def test_a_private_push_to_a_public_repo_warns(run, hub, api, caplog):
+    push(run, "ada/open", api=api)
+    push(run, "ada/open", private=True, api=api)
+    assert "ada/open was there already and is public" in caplog.text
+
+
+def test_a_token_that_is_gone_by_the_end_costs_no_run(run, hub, monkeypatch):
+    publisher = Publisher(TrainingConfig(teacher="digits", output_dir=str(run), push_to_hub=True).validate())
+    monkeypatch.delenv("HF_TOKEN")
+    publisher.checkpoint(1)
+    said = publisher.finish()
+    assert "there is no token for the Hub" in said and f"pid-diffusers push {run}" in said
+
+
+def test_ctrl_c_during_the_last_push_says_how_to_push_later(run, hub, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    hub.fail(REQUESTS["create"], 503)
+    monkeypatch.setattr("time.sleep", interrupted)
+    publisher = Publisher(TrainingConfig(teacher="digits", output_dir=str(run), push_to_hub=True).validate())
+    said = publisher.finish()
+    assert "interrupted" in said and f"pid-diffusers push {run}" in said
+
+
+@pytest.mark.parametrize(("how", "mend"), [(401, "run 'hf auth login'"), (403, "choose a --hub_model_id")])
+def test_a_refusal_says_what_would_mend_it(run, hub, hasty, how, mend):
+    hub.fail(REQUESTS["create"], how)
+    publisher = Publisher(TrainingConfig(teacher="digits", output_dir=str(run), push_to_hub=True).validate())
+    assert mend in publisher.finish()
+
+
+def test_a_link_to_the_folder_is_pushed_by_its_own_name(run, hub, api, tmp_path):
+    (tmp_path / "nice-name").symlink_to(run)
+    push(tmp_path / "nice-name", api=api)
+    assert 'from_pretrained("ada/nice-name"' in hub.repos["ada/nice-name"].files["README.md"].decode()
 
 
 # 3. Whole runs

@@ -300,6 +300,7 @@ class HubServer:
         self.lfs: dict[str, bytes] = {}  # uploaded objects by SHA-256, committed or not
         self.lock = threading.Lock()
         self.signature = secrets.token_hex(16)  # stands for a storage service's presigned address
+        self.closing = threading.Event()
         self._failures: list[Failure] = []
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.hub = self
@@ -314,6 +315,7 @@ class HubServer:
 
     def close(self) -> None:
         """Stops listening and drops every connection: from now on the Hub is out of reach."""
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._server.drop_connections()
@@ -348,7 +350,8 @@ class HubServer:
         Args:
             match: a regular expression, searched in "METHOD /path", e.g. `"POST .*/commit/"`. LFS objects are put to
                 `/lfs/SHA256`.
-            how: an HTTP status, or "cut": half of the request's body is read, then the connection is reset.
+            how: an HTTP status; "cut": half of the request's body is read, then the connection is reset; "hang": there
+                is no answer until this server is closed.
             times: how often; None for ever.
 
         Returns:
@@ -443,6 +446,10 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         if failure is not None and failure.how == "cut":
             self.rfile.read(length // 2)
+            self._reset()
+            return
+        if failure is not None and failure.how == "hang":
+            self.hub.closing.wait()
             self._reset()
             return
         self.body = self.rfile.read(length)

@@ -465,7 +465,7 @@ def test_a_student_that_does_not_fit_is_answered_in_one_sentence(settings, tmp_p
         train(settings, student_config=str(tmp_path / "student.json"))
 
 
-@pytest.mark.parametrize("config", [{"sample_size": None}, {"out_channels": 2}, {"sample_size": 9}])
+@pytest.mark.parametrize("config", [{"sample_size": None}, {"out_channels": 3}, {"sample_size": 9}])
 def test_a_teacher_that_cannot_be_evaluated_is_answered_in_one_sentence(settings, tmp_path, config):
     folder = str(tmp_path / "odd")
     ConsistencyModelPipeline(UNet2DModel(**{**UNET, **config}), EDMEulerScheduler()).save_pretrained(folder)
