@@ -1,4 +1,4 @@
-"""Images from one network call, and any other point of the trajectory, with a distilled UNet.
+"""Images from one network call, and any other point of the trajectory, with a distilled network.
 
 This file imports nothing but diffusers and torch, so that it can travel with a checkpoint.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DModel, VQModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
@@ -19,13 +19,16 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 class OneStepPIDPipeline(DiffusionPipeline):
     r"""
-    Pixel-space images, unconditional or class-conditional, from a student of Physics Informed Distillation.
+    Images, unconditional or class-conditional, from a student of Physics Informed Distillation.
 
     From noise z = T · `latents` one network call gives x_θ(z, ε), the image, or x_θ(z, σ) at any other noise level.
+    With a `vae` these are latents, which it decodes to images.
 
     Args:
-        unet ([`UNet2DModel`], or another network that is called as one): the distilled network F_θ.
+        unet ([`UNet2DModel`], [`DiTTransformer2DModel`] or another network that is called as these): the distilled
+            network F_θ.
         scheduler ([`PIDScheduler`]): makes the trajectory function x_θ(z, σ) of it.
+        vae ([`AutoencoderKL`] or [`VQModel`], *optional*): the teacher's, of a student in latent space.
 
     Example:
 
@@ -37,12 +40,18 @@ class OneStepPIDPipeline(DiffusionPipeline):
 
     # Kept, and in the class: diffusers copies the code of every local folder to one place and runs it as one module.
     _source = __spec__.loader.get_source(__spec__.name)
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
 
-    def __init__(self, unet: UNet2DModel | ModelMixin, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        unet: UNet2DModel | ModelMixin,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | VQModel | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
 
     def check_inputs(
@@ -72,7 +81,7 @@ class OneStepPIDPipeline(DiffusionPipeline):
         if sigmas is not None and num_inference_steps not in (None, 1):
             raise ValueError("num_inference_steps and sigmas were both passed; pass one of them.")
 
-        num_classes = self.unet.config.num_class_embeds
+        num_classes = self.num_classes
         if class_labels is not None:
             if num_classes is None:
                 raise ValueError("class_labels was passed, but this model is unconditional; leave it out.")
@@ -118,6 +127,12 @@ class OneStepPIDPipeline(DiffusionPipeline):
         return batch_size, self.unet.config.in_channels, height, width
 
     @property
+    def num_classes(self) -> int | None:
+        """How many classes the model knows; `None` if it is unconditional."""
+        config = self.unet.config
+        return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))  # of a UNet, of a DiT
+
+    @property
     def num_timesteps(self) -> int:
         """How many noise levels the call under way visits, as callbacks of diffusers read it."""
         return self._num_timesteps
@@ -145,11 +160,12 @@ class OneStepPIDPipeline(DiffusionPipeline):
             num_inference_steps (`int`, *optional*, defaults to 1): 1 is all that an image needs. A larger n visits n
                 points of the trajectory, for callbacks; the image is that of the last, the same as with 1.
             sigmas (`list[float]`, *optional*): the trajectory: x_θ(z, σ) for each of these noise levels in [0, T],
-                from the same z. Then `images` holds image b at `sigmas[i]` at index `b * len(sigmas) + i`.
+                from the same z. Then `images` holds image b at `sigmas[i]` at index `b * len(sigmas) + i`. A `vae`
+                decodes noisy latents as they are; what it makes of much noise is no image.
             generator (`torch.Generator` or a list of one an image, *optional*): makes the result repeatable.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): noise of unit variance, instead of drawn.
             output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1], or
-                `"latent"`: x_θ as it is, a tensor in the units of the training data, [−1, 1] and the noise.
+                `"latent"`: x_θ as it is, not decoded, a tensor in the units of what the network was trained on.
             return_dict (`bool`, defaults to `True`): an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `(pipe, step, timestep, callback_kwargs)` after
                 every network call; may return a changed `latents`, the point of the trajectory just computed.
@@ -183,7 +199,7 @@ class OneStepPIDPipeline(DiffusionPipeline):
 
         # 3. Condition
         condition = {}
-        if self.unet.config.num_class_embeds is not None:
+        if self.num_classes is not None:
             if class_labels is None:
                 class_labels = self._draw_class_labels(batch_size, generator)
             condition["class_labels"] = class_labels.to(device)
@@ -200,7 +216,8 @@ class OneStepPIDPipeline(DiffusionPipeline):
         sample = self.scheduler.scale_model_input(start).to(self.unet.dtype)
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for i, t in enumerate(self.scheduler.timesteps):
-                model_output = self.unet(sample, t, **condition, return_dict=False)[0]
+                # a DiT needs one time an image
+                model_output = self.unet(sample, t.expand(batch_size), **condition, return_dict=False)[0]
                 latents = self.scheduler.step(model_output, t, start, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     callback_kwargs = {}
@@ -214,6 +231,9 @@ class OneStepPIDPipeline(DiffusionPipeline):
         # 6. Images
         if sigmas is not None:
             latents = torch.stack(points, dim=1).flatten(0, 1)
+        if self.vae is not None and output_type != "latent":
+            latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            latents = self.vae.decode(latents, return_dict=False)[0]
         images = self.image_processor.postprocess(latents, output_type=output_type)
 
         self.maybe_free_model_hooks()
@@ -240,6 +260,8 @@ class OneStepPIDPipeline(DiffusionPipeline):
         """The content of `model_index.json`, which names the class and the file `pipeline.py` that holds it."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)  # where this one was loaded from says nothing about where it is saved
+        if self.vae is None:
+            index.pop("vae", None)  # every component that is named has a folder
         if self._is_of_this_file:
             index["_class_name"] = ["pipeline", type(self).__name__]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
@@ -252,8 +274,7 @@ class OneStepPIDPipeline(DiffusionPipeline):
     def _draw_class_labels(
         self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None
     ) -> torch.Tensor:
-        num_classes = self.unet.config.num_class_embeds
         if not isinstance(generator, list):
             device = None if generator is None else generator.device
-            return torch.randint(num_classes, (batch_size,), generator=generator, device=device)
+            return torch.randint(self.num_classes, (batch_size,), generator=generator, device=device)
         return torch.cat([self._draw_class_labels(1, g).cpu() for g in generator])

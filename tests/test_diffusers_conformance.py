@@ -117,7 +117,7 @@ class OneStepPIDPipelineTests(pipelines.PipelineTesterMixin, unittest.TestCase):
             attention_head_dim=4,
             num_class_embeds=self.num_class_embeds,
         )
-        return {"unet": unet.eval(), "scheduler": PIDScheduler()}
+        return {"unet": unet.eval(), "scheduler": PIDScheduler(), "vae": None}
 
     def get_dummy_inputs(self, device, seed=0):
         return {

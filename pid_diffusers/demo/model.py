@@ -151,7 +151,7 @@ class DemoModel:
     @property
     def num_classes(self) -> int | None:
         """How many classes the student knows; `None` if it is unconditional."""
-        return self.pipe.unet.config.num_class_embeds
+        return self.pipe.num_classes
 
     @property
     def takes_prompt(self) -> bool:
@@ -186,7 +186,7 @@ class DemoModel:
         Raises:
             InputError: if the sample's seed, class or prompt, or `t`, is out of range.
         """
-        return Picture(to_image(self._student([sample], t)[0], t), t)
+        return Picture(self._image(self._student([sample], t)[0], t), t)
 
     def generate(self, sample: Sample) -> Picture:
         """The image, x_θ(z, ε); as [`~DemoModel.point`]."""
@@ -197,7 +197,7 @@ class DemoModel:
         images = []
         for i in range(0, len(samples), MAX_BATCH):
             x = self._student(samples[i : i + MAX_BATCH], self.sigma_min)
-            images.extend(to_image(one, self.sigma_min) for one in x)
+            images.extend(self._image(one, self.sigma_min) for one in x)
         return images
 
     def samples(self, count: int, seed: int = 0, label: int | None = None, prompt: str | None = None) -> list[Sample]:
@@ -232,7 +232,7 @@ class DemoModel:
         x = z.to(widest_float(z.device))
         student(z, self.sigma_min, **condition), self.teacher(x, self.sigma_max, **condition)  # first calls allocate
         sigmas = self.pipe.scheduler.grid(heun_steps + 1).tolist()
-        points, of_student, of_teacher = [(sigmas[0], to_image(x[0], sigmas[0]))], [], []
+        points, of_student, of_teacher = [(sigmas[0], self._image(x[0], sigmas[0]))], [], []
         for t, s in itertools.pairwise(sigmas):
             # In turn, since other work on the machine comes and goes; a step at a time, so that nobody waits for all.
             with self._lock:
@@ -240,7 +240,7 @@ class DemoModel:
                 of_student.append(seconds)
                 x, seconds = _timed(lambda x=x, t=t, s=s: heun(self.teacher, x, (t, s), **condition)[-1])
                 of_teacher.append(seconds)
-            points.append((s, to_image(x[0], s)))
+            points.append((s, self._image(x[0], s)))
             if progress is not None:
                 progress(len(of_teacher) / heun_steps)
         distance = (image - x).square().mean().sqrt().item()
@@ -253,6 +253,16 @@ class DemoModel:
         latents, condition = self._latents(samples), self._condition(samples)
         with self._lock:
             return self.pipe(latents=latents, sigmas=[t], output_type="latent", **condition).images
+
+    @torch.no_grad()
+    def _image(self, x: torch.Tensor, t: float) -> Image.Image:
+        """x/√(1 + t²) of shape (C, H, W) as a picture; of a student in latent space, decoded."""
+        vae = self.pipe.vae
+        if vae is None:
+            return to_image(x, t)
+        latents = (x[None].float() / math.sqrt(1 + t**2) / vae.config.scaling_factor).to(self.device, vae.dtype)
+        with self._lock:
+            return to_image(vae.decode(latents, return_dict=False)[0][0].cpu(), 0.0)
 
     def _latents(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Noise of unit variance, drawn on the CPU for each seed alone, so that it is the same everywhere."""
@@ -378,7 +388,7 @@ def _load_teacher(teacher: str, pipe: DiffusionPipeline) -> Denoiser:
     denoiser = Denoiser.from_pretrained(teacher)
     for what, of_teacher, of_student in (
         ("images of (C, H, W)", denoiser.sample_shape, _sample_shape(pipe)),
-        ("a number of classes of", denoiser.num_classes, pipe.unet.config.num_class_embeds),
+        ("a number of classes of", denoiser.num_classes, pipe.num_classes),
     ):
         if of_teacher != of_student:
             raise InputError(

@@ -1,10 +1,13 @@
 """A teacher, whatever its family, is one function: D(x, σ, **condition)."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Self
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel, VQModel
+from diffusers.models.embeddings import LabelEmbedding
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
@@ -19,6 +22,8 @@ class Denoiser(nn.Module):
     """
     D(x, σ, **condition): the expected clean image behind x = image + σ n, n ~ N(0, I).
 
+    With a `vae`, "image" stands for latents everywhere, and `decode` makes images of them.
+
     A family is a subclass in a file of its own. It implements `forward` and, to be found by
     [`~Denoiser.from_pretrained`], `from_pipeline` and `scheduler_classes`.
 
@@ -28,12 +33,15 @@ class Denoiser(nn.Module):
         trajectory_config (`dict`): the arguments of the `PIDScheduler` that suits a student of this teacher.
         loss_weighting (`str`): the `weighting` of the `PIDLoss` that suits it.
         predicts (`str`): what the network's output stands for.
+        vae (`AutoencoderKL` or `VQModel`, *optional*): decodes what a teacher in latent space denoises. Frozen, and no
+            submodule: neither its parameters nor its device and type are the denoiser's, and copies share it.
     """
 
     scheduler_classes: tuple[str, ...] = ()
     trajectory_config: dict
     loss_weighting: str = "uniform"
     predicts: str = "the sample"
+    vae: AutoencoderKL | VQModel | None = None
 
     def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
         """D(x, σ) of shape `(B, C, H, W)` for `x` of that shape and `sigma` a number or of shape `(B,)`."""
@@ -53,16 +61,42 @@ class Denoiser(nn.Module):
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the teacher knows; `None` if it is unconditional."""
-        return self.unet.config.num_class_embeds
+        """How many classes the teacher knows; `None` if it is unconditional.
+
+        A DiT's null class, with which it can be guided, is not counted: the teacher is the conditional model without
+        guidance.
+        """
+        config = self.unet.config
+        return config.get("num_class_embeds", config.get("num_embeds_ada_norm"))
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images `(B, 3, H, W)` in about [−1, 1] from what the teacher denoises, on the latter's device; without a
+        `vae` that is what they are."""
+        if self.vae is None:
+            return latents
+        self.vae.to(next(self.unet.parameters()).device)
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype)
+        # one at a time: a decoder needs far more memory for an image than the network
+        images = [self.vae.decode(x, return_dict=False)[0] for x in scaled.split(1)]
+        return torch.cat(images).to(latents.device, latents.dtype)
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        memo[id(self.vae)] = self.vae
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
 
     def describe(self) -> str:
         """The family, what its network predicts, its noise levels, images, classes and size, in a line."""
         channels, height, width = self.sample_shape
         levels = self.trajectory_config
+        shape = f"{channels} × {height} × {width}"
+        images = f"images of {shape}" if self.vae is None else f"latents of {shape} for {type(self.vae).__name__}"
         return (
             f"{type(self).__name__} that predicts {self.predicts}, noise levels {levels['sigma_max']:g} to"
-            f" {levels['sigma_min']:g}, images of {channels} × {height} × {width},"
+            f" {levels['sigma_min']:g}, {images},"
             f" {f'{self.num_classes} classes' if self.num_classes else 'unconditional'},"
             f" {type(self.unet).__name__} with {sum(p.numel() for p in self.unet.parameters()) / 1e6:.2f} M parameters"
         )
@@ -75,7 +109,7 @@ class Denoiser(nn.Module):
     @staticmethod
     def from_pretrained(teacher: str | Path) -> "Denoiser":
         """
-        The teacher in a diffusers pipeline, read from its scheduler's configuration.
+        The teacher in a diffusers pipeline, read from its scheduler's configuration, with its VAE if it has one.
 
         Args:
             teacher (`str` or `Path`): a folder, a Hub id, or `"digits"` for the teacher that comes with this package.
@@ -102,28 +136,57 @@ class Denoiser(nn.Module):
                 f" parametrised; its model_index.json must name one of: {known}."
             )
         try:
-            pipeline = DiffusionPipeline.from_pretrained(folder)
+            # a DiT in pixel space has no VAE, which diffusers wants to hear
+            without = {"vae": None} if index.get("vae") == [None, None] else {}
+            pipeline = DiffusionPipeline.from_pretrained(folder, **without)
         except Exception as error:
             raise InputError(
                 f"teacher is {str(teacher)!r}, which diffusers cannot load ({' '.join(str(error).split())}); pass a"
                 " folder whose files are all there."
             ) from error
-        return families[0].from_pipeline(pipeline)
+        denoiser, vae = families[0].from_pipeline(pipeline), get_vae(pipeline)
+        if vae is not None:
+            denoiser.__dict__["vae"] = vae.eval().requires_grad_(False)  # past nn.Module, which would adopt it
+        return denoiser
 
 
 def get_network(pipeline: DiffusionPipeline) -> nn.Module:
     """
-    The network of a pipeline in pixel space.
+    The network of a pipeline, its `unet` or `transformer`, which drops no labels.
 
     Raises:
         InputError: if the pipeline has another one.
     """
-    network = getattr(pipeline, "unet", None)
-    if not isinstance(network, UNet2DModel | EDMUNet2DModel):
+    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if not isinstance(network, UNet2DModel | EDMUNet2DModel | DiTTransformer2DModel):
         raise InputError(
             f"teacher is a {type(pipeline).__name__} with a network of type {type(network).__name__}; pass a pipeline"
-            " whose `unet` is a UNet2DModel or EDMUNet2DModel."
+            " whose `unet` or `transformer` is a UNet2DModel, EDMUNet2DModel or DiTTransformer2DModel."
         )
+    return without_label_dropout(network)
+
+
+def get_vae(pipeline: DiffusionPipeline) -> AutoencoderKL | VQModel | None:
+    """
+    The VAE of a pipeline in latent space, its `vae` or `vqvae`; `None` for one in pixel space.
+
+    Raises:
+        InputError: if it is of another kind, whose latents are scaled in another way.
+    """
+    vae = getattr(pipeline, "vae", None) or getattr(pipeline, "vqvae", None)
+    if not isinstance(vae, AutoencoderKL | VQModel | None):
+        raise InputError(
+            f"teacher is a {type(pipeline).__name__} with a VAE of type {type(vae).__name__}; pass a pipeline whose"
+            " VAE is an AutoencoderKL or VQModel."
+        )
+    return vae
+
+
+def without_label_dropout(network: nn.Module) -> nn.Module:
+    """Has a DiT see the labels that it is given, in place: in training mode it drops one in ten at random."""
+    for module in network.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
     return network
 
 

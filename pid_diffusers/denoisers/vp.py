@@ -77,6 +77,8 @@ class VPDenoiser(Denoiser):
         alphas_cumprod = scheduler.alphas_cumprod.double().cpu()
         sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
         self.unet = unet
+        # D multiplies the error of a network that predicts noise by σ
+        self.loss_weighting = "inverse_variance" if config.prediction_type == "epsilon" else "uniform"
         self.prediction_type = self.predicts = config.prediction_type
         self.clip_sample_range = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else None
         self.trajectory_config = {

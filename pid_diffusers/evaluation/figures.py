@@ -1,6 +1,6 @@
 """Pictures of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ def save_trajectory(
     teacher: Sequence[torch.Tensor],
     student: Sequence[torch.Tensor],
     title: str = "",
+    decode: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
 ):
     """
     The student's x_θ(z, t) at falling noise levels above the teacher's ODE solution, for each of B starts.
@@ -32,11 +33,13 @@ def save_trajectory(
         sigmas: the noise levels t.
         teacher, student: the states at each of them, `(B, C, H, W)`; shown as x/√(1 + t²), so that noise is as bright
             as an image.
+        decode (`Callable`, *optional*): makes images of what is shown, `(n, C, H, W)`, if these are latents.
     """
     rows, names = [], []
     for b in range(student[0].shape[0]):
         for name, states in (("student", student), ("teacher", teacher)):
-            rows.append([x[b] / (1 + float(t) ** 2) ** 0.5 for t, x in zip(sigmas, states, strict=True)])
+            shown = [x[b] / (1 + float(t) ** 2) ** 0.5 for t, x in zip(sigmas, states, strict=True)]
+            rows.append(list(decode(torch.stack(shown))))
             names.append(name)
     columns = [f"t = {float(t):.3g}" for t in sigmas]
     _save(_image_rows(rows, names, columns, title, pairs=True), path)

@@ -55,7 +55,7 @@ def describe_teacher(name: str, teacher: Denoiser, card: dict) -> dict:
         teacher (`Denoiser`): the teacher itself.
         card (`dict`): from [`teacher_card`].
     """
-    source = "built-in" if name in BUILT_IN else "folder" if os.path.isdir(name) else "hub"
+    source = "built-in" if name in BUILT_IN else "folder" if os.path.exists(name) else "hub"
     return {
         "name": os.path.basename(os.path.abspath(name)) if source == "folder" else name,
         "source": source,

@@ -27,19 +27,20 @@ class RunReport:
 
     Args:
         config (`TrainingConfig`): where they go, how many images they show, and what is measured.
+        teacher (`str`, *optional*): what was loaded for `config.teacher`, where that is another folder.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, teacher: str | None = None):
         self.config = config
         self.folder = Path(config.output_dir)
-        self.teacher_card = teacher_card(config.teacher)  # read now, not after days without a network
+        self.teacher_card = teacher_card(teacher or config.teacher)  # read now, not after days without a network
 
     def validate(self, student: TrajectoryModel, teacher: Denoiser, step: int) -> dict[str, float]:
         """Saves `validation/step-….png` and returns the rms distance on the seeds it shows."""
         samples = self._shown(student, teacher)
         title = f"step {step}: rms distance {samples.rms_distance:.3f}"
         path = self.folder / "validation" / f"step-{step:07d}.png"
-        save_same_seed(path, samples.teacher, samples.student, HEUN_STEPS, title)
+        save_same_seed(path, teacher.decode(samples.teacher), teacher.decode(samples.student), HEUN_STEPS, title)
         return {"rms_distance": samples.rms_distance}
 
     def checkpoint(self, result: TrainingResult):
@@ -66,7 +67,8 @@ class RunReport:
             results["seed"] = config.seed
             results[f"rms_distance_to_{HEUN_STEPS}_step_heun"] = samples.rms_distance
             lines.append(
-                f"  rms distance per pixel to the teacher's {HEUN_STEPS}-step Heun endpoints:"
+                f"  rms distance per {'pixel' if teacher.vae is None else 'latent value'} to the teacher's"
+                f" {HEUN_STEPS}-step Heun endpoints:"
                 f" {samples.rms_distance:.4f} ({config.num_eval_samples} seeds never trained on)"
             )
             if config.eval_classifier == "digits":
@@ -125,7 +127,8 @@ class RunReport:
     def _save_pictures(self, result: TrainingResult, title: str):
         student, teacher = result.student, result.teacher
         shown = self._shown(student, teacher)
-        save_same_seed(self.folder / "samples.png", shown.teacher, shown.student, HEUN_STEPS, title)
+        pictures = teacher.decode(shown.teacher), teacher.decode(shown.student)
+        save_same_seed(self.folder / "samples.png", *pictures, HEUN_STEPS, title)
         self._save_trajectory(student, teacher)
         lines = self._metrics()
         if lines:
@@ -148,7 +151,7 @@ class RunReport:
         sigmas, states = sigmas[::every].tolist(), states[::every]
         points = [student(z, sigma, **condition) for sigma in sigmas]
         title = "x(z, t) at falling noise levels, shown as x/√(1 + t²)"
-        save_trajectory(self.folder / "trajectory.png", sigmas, states, points, title)
+        save_trajectory(self.folder / "trajectory.png", sigmas, states, points, title, teacher.decode)
 
     def _metrics(self) -> list[dict]:
         path = self.folder / METRICS_FILE

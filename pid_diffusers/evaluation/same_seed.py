@@ -31,7 +31,7 @@ class SameSeedSamples:
 
     @property
     def rms_distance(self) -> float:
-        """√(mean over images and pixels of (student − teacher)²), for images in [−1, 1]."""
+        """√(mean over images and pixels of (student − teacher)²), for images in [−1, 1], or latents as they are."""
         return (self.student - self.teacher).square().mean().sqrt().item()
 
 

@@ -52,7 +52,11 @@ def render_card(folder: str | Path, model_id: str | None = None) -> str:
 
     size = unet["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
-    num_classes = unet.get("num_class_embeds")
+    num_classes = unet.get("num_class_embeds", unet.get("num_embeds_ada_norm"))
+    channels, vae = unet["in_channels"], _read(folder, "vae/config.json", json.loads)
+    if vae is not None:  # in latent space
+        scale = 2 ** (len(vae["block_out_channels"]) - 1)
+        height, width, channels = height * scale, width * scale, vae["out_channels"]
     facts = {
         "model_id": model_id,
         "quoted_id": json.dumps(model_id, ensure_ascii=False),
@@ -62,7 +66,8 @@ def render_card(folder: str | Path, model_id: str | None = None) -> str:
         "results": results,
         "config": config,
         "pictures": [name for name in ("samples.png", "trajectory.png") if (folder / name).is_file()],
-        "images": f"{height} × {width} {_colours(unet['in_channels'])}",
+        "images": f"{height} × {width} {_colours(channels)}",
+        "latent": vae is not None,
         "height": height,
         "width": width,
         "num_classes": num_classes,
@@ -146,7 +151,7 @@ def _student(facts: dict) -> tuple[ModelCardData, str, dict]:
     results, config, scheduler = facts["results"], facts["config"], facts["scheduler"]
     teacher = results.get("teacher") or {"name": config.get("teacher")}
     base_model = teacher["name"] if teacher.get("source") == "hub" else None
-    figures = _student_figures(results)
+    figures = _student_figures(results, "latent value" if facts["latent"] else "pixel")
     sigmas = [scheduler["sigma_max"], *(10.0**k for k in range(9, -9, -1)), scheduler["sigma_min"]]
     widget = [
         {"text": text, "output": {"url": name}}
@@ -204,12 +209,13 @@ def _teacher(facts: dict) -> tuple[ModelCardData, str, dict]:
     return data, "teacher.md.jinja", {"figures": figures}
 
 
-def _student_figures(results: dict) -> list[dict]:
+def _student_figures(results: dict, unit: str) -> list[dict]:
     """The measured figures, in the order of the table: what was measured, the text, and for the Hub a metric."""
     figures = []
     for name, value in results.items():
         if match := _DISTANCE.fullmatch(name):
-            label = "rms distance per pixel to the teacher's sample from the same start, images in [−1, 1]"
+            label = f"rms distance per {unit} to the teacher's sample from the same start"
+            label += ", images in [−1, 1]" if unit == "pixel" else ""
             figures.append({"label": label, "text": f"{value:.3f}", "metric": "rms_distance", "value": value})
         elif name == "student_digits_read_as_asked":
             figure = _digits("digits that a classifier reads as asked", value)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import diffusers
 import torch
+from diffusers import DiTTransformer2DModel
 from torch import nn
 
 from ..denoisers import Denoiser
+from ..denoisers.base import without_label_dropout
 from ..errors import InputError
 from ..losses import PIDLoss
 from ..losses.distances import get_distance
@@ -53,13 +55,18 @@ def create_student(config: TrainingConfig, teacher: Denoiser) -> nn.Module:
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise InputError(f"student_config is {config.student_config!r}, whose _class_name, {name}, is no model class.")
     # What goes in and out is the teacher's: a student answers to the same images and conditions.
-    shared = {k: teacher.unet.config[k] for k in ("sample_size", "in_channels", "out_channels", "num_class_embeds")}
+    shared = {name: teacher.unet.config[name] for name in ("sample_size", "in_channels", "out_channels")}
+    classes = "num_embeds_ada_norm" if issubclass(cls, DiTTransformer2DModel) else "num_class_embeds"
+    shared[classes] = teacher.num_classes
+    if settings.get("out_channels") is None:  # a DiT's way to say "as many as go in"
+        settings.pop("out_channels", None)
+    shared["out_channels"] = shared["out_channels"] or shared["in_channels"]
     for key, value in shared.items():
         if settings.setdefault(key, value) != value:
             raise InputError(f"student_config sets {key} to {settings[key]!r}; the teacher's is {value!r}, use that.")
     torch.manual_seed(config.seed)
     try:
-        return cls.from_config(settings)
+        return without_label_dropout(cls.from_config(settings))
     except Exception as error:
         raise InputError(
             f"student_config is {config.student_config!r}, from which no {name} can be built"

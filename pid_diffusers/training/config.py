@@ -38,7 +38,9 @@ class TrainingConfig:
     preset: str = option("digits", "a YAML file of settings, or the name of one that comes with the package")
 
     # what is distilled into what
-    teacher: str | None = option(None, "a diffusers pipeline: folder, Hub id, or 'digits' for the built-in one")
+    teacher: str | None = option(
+        None, "a diffusers pipeline (folder or Hub id), an EDM .pkl, an OpenAI .pt, or 'digits' for the built-in one"
+    )
     student_config: str | None = option(
         None, "a UNet's config.json: a student of that shape with random weights, instead of a copy of the teacher"
     )

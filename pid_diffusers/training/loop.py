@@ -92,15 +92,16 @@ class Trainer:
 
     Args:
         config (`TrainingConfig`): the settings, validated.
+        teacher (`str`, *optional*): what to load for `config.teacher`, where that is not what diffusers can load.
 
     Raises:
         InputError: for a setting that cannot work, before anything is written.
     """
 
-    def __init__(self, config: TrainingConfig):
+    def __init__(self, config: TrainingConfig, teacher: str | None = None):
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.teacher = Denoiser.from_pretrained(config.teacher).eval()
+        self.teacher = Denoiser.from_pretrained(teacher or config.teacher).eval()
         self.scheduler = create_scheduler(config, self.teacher)
         self.unet = create_student(config, self.teacher)
         self.teacher.requires_grad_(False)
@@ -580,7 +581,7 @@ class Trainer:
         """Saves beside the place and moves in, `model_index.json` last: what was there stays whole until then."""
         partial = self.output_dir / ".pipeline.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        OneStepPIDPipeline(student.unet, student.scheduler).save_pretrained(partial)
+        OneStepPIDPipeline(student.unet, student.scheduler, vae=self.teacher.vae).save_pretrained(partial)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
             checkpoints.replace(path, self.output_dir / path.name)
         partial.rmdir()

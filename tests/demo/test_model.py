@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline
+from tiny_latent import tiny_dit, tiny_vae
 
 from pid_diffusers import Denoiser, InputError, OneStepPIDPipeline, PIDScheduler
 from pid_diffusers.demo import DemoModel, Sample
 from pid_diffusers.demo.model import contact_sheet, to_image
 from pid_diffusers.denoisers import heun
+from pid_diffusers.hub.card import render_card
 
 
 @pytest.fixture(scope="module")
@@ -230,3 +233,18 @@ def test_the_student_that_comes_with_the_package_is_opened_by_its_name_with_its_
     model = DemoModel.load("digits")
     assert (model.name, model.teacher_name) == ("digits-student", "digits")
     assert model.compare(Sample(seed=5, label=3), heun_steps=20).rms_distance < 0.3
+
+
+def test_a_student_in_latent_space_is_shown_as_images(tmp_path):
+    dit, vae = tiny_dit(), tiny_vae()
+    DiTPipeline(dit, vae, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "teacher")
+    scheduler = PIDScheduler(**Denoiser.from_pretrained(tmp_path / "teacher").trajectory_config)
+    OneStepPIDPipeline(dit, scheduler, vae).save_pretrained(tmp_path / "student")
+    model = DemoModel.load(tmp_path / "student", tmp_path / "teacher")
+    sample = Sample(seed=1, label=3)
+    assert model.num_classes == 10
+    assert model.generate(sample).image.size == model.grid([sample])[0].size == (16, 16)
+    points = model.compare(sample, heun_steps=2).points
+    assert len(points) == 3 and points[-1][1].size == (16, 16)
+    card = render_card(tmp_path / "student")
+    assert "16 × 16 colour images of 10 classes" in card

@@ -143,6 +143,7 @@ def test_a_repo_is_private_if_asked_and_stays_as_it_is_when_pushed_again(run, hu
     assert hub.repos["ada/secret"].private and not hub.repos["ada/open"].private
 
 
+@pytest.mark.slow
 def test_a_pushed_student_loads_and_makes_the_same_images(run, hub, api, python_without_package, tmp_path):
     push(run, "ada/my-student", api=api)
     expected = digest(OneStepPIDPipeline.from_pretrained(run))
@@ -346,6 +347,7 @@ def test_a_run_without_a_token_does_not_start(hub, teacher, tmp_path):
     assert not (tmp_path / "student").exists() and not hub.requests
 
 
+@pytest.mark.slow
 def test_a_token_that_the_hub_refuses_is_told_before_the_run(hub, teacher, tmp_path):
     result = train(hub, teacher, tmp_path, token="hf_" + "x" * 34)
     assert result.returncode == 0
