@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from pid_diffusers import Denoiser, EDMDenoiser, InputError, OneStepPIDPipeline
 from pid_diffusers.cli import main
-from pid_diffusers.converters import convert
+from pid_diffusers.converters import convert, open_teacher
+from pid_diffusers.training import Trainer, TrainingConfig
 
 NETWORKS = Path(__file__).parent.parent / "data" / "edm_networks"
 NAMES = ["ddpmpp_cond", "ncsnpp_uncond", "adm_cond"]
@@ -496,3 +497,15 @@ def test_other_checkpoints_are_no_known_architecture(tmp_path):
     )
     refused(save(tmp_path / "b.pt", {"state": {}, "step": 3}), tmp_path / "out", "holds no network of EDM")
     refused(save(tmp_path / "c.pt", [torch.ones(3)]), tmp_path / "out", "holds no network of EDM")
+
+
+def test_openais_file_is_distilled_as_it_is(tmp_path):
+    path = save(tmp_path / "edm_tiny_ema.pt", openai_state_dict([1, 2], [True, False], 1, 10, True, False))
+    settings = {"teacher": str(path), "output_dir": str(tmp_path / "student"), "report_to": "none"}
+    config = TrainingConfig(**settings, max_train_steps=2, train_batch_size=1).validate()
+    with open_teacher(config.teacher) as (folder, found):
+        assert "OpenAI" in found
+        Trainer(config, folder).train()
+    pipe = OneStepPIDPipeline.from_pretrained(tmp_path / "student")
+    assert pipe.scheduler.config.timestep_type == "edm_scaled"
+    assert pipe(class_labels=[3], output_type="pt").images.shape == (1, 3, 32, 32)

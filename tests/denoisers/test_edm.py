@@ -1,8 +1,14 @@
 import pytest
 import torch
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, EDMEulerScheduler
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+)
 
-from pid_diffusers import Denoiser, EDMDenoiser
+from pid_diffusers import Denoiser, EDMDenoiser, EmpiricalDenoiser
+from pid_diffusers.denoisers import euler
 
 SIGMAS = [0.002, 0.5, 7.0, 80.0]
 
@@ -102,3 +108,54 @@ def test_a_consistency_models_scheduler_is_read_as_edm_told_250_ln_sigma(tiny_un
         output = unet(scheduler.scale_model_input(x, t), t, class_labels=labels, return_dict=False)[0]
         c_skip, c_out = scheduler.get_scalings(sigma)
         assert torch.allclose(teacher(x, sigma, class_labels=labels), c_skip * x + c_out * output, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_euler_steps_through_d_are_those_of_diffusers_edm_schedulers(tiny_unet, noise, prediction_type):
+    unet = tiny_unet()
+    for scheduler in (
+        EDMEulerScheduler(prediction_type=prediction_type),
+        EDMDPMSolverMultistepScheduler(prediction_type=prediction_type, solver_order=1),
+    ):
+        scheduler.set_timesteps(6)
+        x = z = scheduler.init_noise_sigma * noise(2, 3, 8, 8)
+        for t in scheduler.timesteps:
+            output = unet(scheduler.scale_model_input(x, t), t, return_dict=False)[0]
+            x = scheduler.step(output, t, x, return_dict=False)[0]
+        head = "edm" if prediction_type == "epsilon" else prediction_type
+        teacher = EDMDenoiser(unet, prediction_type=head)
+        sigmas = [scheduler.init_noise_sigma, *scheduler.sigmas[1:].tolist()]
+        solved = euler(teacher, z, sigmas)[-1]
+        assert (solved - x).abs().max() <= 1e-4 * x.abs().max().clamp(min=1)
+
+
+class EDMOptimum(torch.nn.Module):
+    """The network that EDM's preconditioning of finite data is trained to, in closed form."""
+
+    def __init__(self, data, sign):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        self.denoiser, self.sign = EmpiricalDenoiser(data), sign
+
+    def forward(self, sample, timestep, return_dict=True):
+        sigma = (4 * timestep).exp().reshape(-1, 1, 1, 1)
+        variance = sigma**2 + 0.25
+        x = sample * variance.sqrt()
+        denoised = self.denoiser(x, sigma.flatten())
+        return ((denoised - 0.25 / variance * x) * variance.sqrt() / (self.sign * sigma * 0.5),)
+
+
+@pytest.mark.parametrize("prediction_type", ["edm", "v_prediction"])
+def test_d_of_a_perfectly_trained_network_is_the_closed_form_and_at_the_lowest_noise_the_identity(
+    noise, prediction_type
+):
+    data = noise(5, 1, 4, 4, dtype=torch.float64)
+    network = EDMOptimum(data, -1 if prediction_type == "v_prediction" else 1)
+    teacher = EDMDenoiser(network, prediction_type=prediction_type)
+    for sigma in (0.002, 0.5, 80.0):
+        x = data[:3] + sigma * noise(3, 1, 4, 4, seed=1, dtype=torch.float64)
+        levels = torch.full((3,), sigma, dtype=torch.float64)
+        assert torch.allclose(teacher(x, levels), EmpiricalDenoiser(data)(x, levels), atol=1e-9)
+    x = data + 0.002 * noise(5, 1, 4, 4, seed=2, dtype=torch.float64)
+    assert (teacher(x, 0.002) - x).abs().max() < 0.01
