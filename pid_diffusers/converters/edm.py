@@ -151,7 +151,7 @@ def check_preconditioning(name) -> None:
             f"has a network with {name}, whose noise levels and scaling are not EDM's and are not supported",
             "pass a file with EDMPrecond, NVIDIA's edm-*.pkl instead of its baseline-*.pkl",
         )
-    raise UnreadableFile(f"has the preconditioning {shorten(str(name))}, not one of {', '.join(PRECONDITIONINGS)}")
+    raise UnreadableFile(f"has the preconditioning {shorten(_text(name))}, not one of {', '.join(PRECONDITIONINGS)}")
 
 
 def complete(kwargs: dict) -> dict:
@@ -165,7 +165,7 @@ def complete(kwargs: dict) -> dict:
         raise UnreadableFile("has a network whose arguments have no names")
     model_type = kwargs.get("model_type")
     if model_type not in NETWORKS:
-        raise UnreadableFile(f"has a network of type {shorten(str(model_type))}, not one of {', '.join(NETWORKS)}")
+        raise UnreadableFile(f"has a network of type {shorten(_text(model_type))}, not one of {', '.join(NETWORKS)}")
     kwargs = {"label_dim": 0, "sigma_data": 0.5, **_DEFAULTS[model_type], **kwargs}
     for name in ("channel_mult", "attn_resolutions", "resample_filter"):
         if isinstance(kwargs.get(name), tuple):

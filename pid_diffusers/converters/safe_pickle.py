@@ -147,8 +147,11 @@ class _Stream:
 class _Reader:
     """One file's pickles: what all of them together have used up."""
 
-    def __init__(self):
+    def __init__(self, limit: int):
+        self.limit = limit  # bytes of the file
         self.opcodes = 0
+        self.storage_bytes = 0
+        self.nested = False  # whether it reads a storage that is a file of torch.save within a pickle
 
     def read(self, stream, find_storage: Callable[[tuple], Storage] | None = None):
         """The object of the next pickle in a stream (anything with `read`, `readline` and `tell`)."""
@@ -261,7 +264,11 @@ class _Reader:
                 name, state = meta.get("class_name"), meta.get("state")
                 return Record(_expect(name, str), _expect(state, dict))  # its source code, module_src, stays text
             case ("torch.storage._load_from_bytes", (bytes() as data,)):
+                if self.nested:
+                    raise UnreadableFile("has storages within storages, as no checkpoint does")
+                self.nested = True
                 storage = self.read_legacy(io.BytesIO(data), len(data))
+                self.nested = False
                 return _expect(storage, Storage)
             case ("torch._utils._rebuild_tensor_v2", (Storage() as storage, offset, shape, stride, *_)):
                 return _view(storage, offset, shape, stride)
@@ -298,7 +305,8 @@ class _Reader:
 
         result = self.read(stream, find_storage)
         keys = _expect(self.read(stream), list)
-        if sorted(map(str, keys)) != sorted(found):
+        # not as text, which would be as deep or as long as what a file nests in its keys
+        if not all(type(key) is str for key in keys) or sorted(keys) != sorted(found):
             raise UnreadableFile("is damaged: the storages that it holds are not those that it uses")
         for key in keys:
             storage = found[key]
@@ -307,6 +315,9 @@ class _Reader:
                 raise UnreadableFile("is cut short or damaged: a storage is not as long as it says")
             if storage.nbytes > size - stream.tell():
                 raise UnreadableFile("is cut short: it holds fewer bytes than its tensors need")
+            self.storage_bytes += storage.nbytes
+            if self.storage_bytes > self.limit:
+                raise UnreadableFile("is damaged: its storages together are longer than the file")
             storage.data = stream.read(storage.nbytes)
         return result
 
@@ -331,7 +342,7 @@ def read_checkpoint(path: Path):
         raise UnreadableFile("is empty")
     with open(path, "rb") as file:
         head = file.read(64)
-        reader = _Reader()
+        reader = _Reader(size)
         if head.startswith(b"PK\x03\x04"):
             return _read_archive(file, size, reader)
         if not head.startswith(b"\x80"):

@@ -27,6 +27,7 @@ class VEDenoiser(Denoiser):
 
     scheduler_classes = ("ScoreSdeVeScheduler",)
     predicts = "the score"
+    loss_weighting = "inverse_variance"  # D multiplies the error of σ F by σ
 
     def __init__(self, unet: nn.Module, sigma_min: float = 0.01, sigma_max: float = 1348.0):
         super().__init__()

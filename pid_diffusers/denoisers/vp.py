@@ -68,6 +68,11 @@ class VPDenoiser(Denoiser):
                 f"{' and use_flow_sigmas' if config.get('use_flow_sigmas') else ''}, which is not of a"
                 f" variance-preserving diffusion; it must be one of {', '.join(HEADS)}."
             )
+        if config.get("timestep_type", "discrete") != "discrete":
+            raise InputError(
+                f"teacher has a {name} with timestep_type {config.timestep_type!r}, whose network is told ln(σ)/4, no"
+                " step; give it an EDMEulerScheduler, if it has EDM's preconditioning."
+            )
         if config.get("thresholding"):
             raise InputError(
                 f"teacher has a {name} with thresholding, by which D would depend on quantiles of each sample; set"

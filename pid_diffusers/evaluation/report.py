@@ -116,6 +116,7 @@ class RunReport:
             "num_starts_seen": result.num_starts,
             "ema_decay": config.ema_decays[-1] if config.save_ema_decay is None else config.save_ema_decay,
             "mixed_precision": AcceleratorState().mixed_precision,
+            "weighting": result.teacher.loss_weighting if config.weighting is None else config.weighting,
             "teacher": describe_teacher(config.teacher, result.teacher, self.teacher_card),
             "versions": versions(),
         }

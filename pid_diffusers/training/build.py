@@ -23,6 +23,15 @@ from .noise import draw_batch
 
 def create_scheduler(config: TrainingConfig, teacher: Denoiser) -> PIDScheduler:
     """The teacher's own range, head and time conditioning, unless the settings say otherwise."""
+    levels = teacher.trajectory_config
+    if levels.get("timestep_type") == "discrete":  # beyond its steps such a network cannot be told where it is
+        for name in ("sigma_min", "sigma_max"):
+            value = getattr(config, name)
+            if value is not None and not levels["sigma_min"] <= value <= levels["sigma_max"]:
+                raise InputError(
+                    f"{name} is {value}; the teacher's steps have the noise levels {levels['sigma_min']:g} to"
+                    f" {levels['sigma_max']:g}, so choose one of these or leave it out."
+                )
     settings = {"num_train_timesteps": config.num_train_timesteps, "rho": config.rho, **teacher.trajectory_config}
     for name in ("sigma_min", "sigma_max", "sigma_data", "prediction_type"):
         if getattr(config, name) is not None:
@@ -100,7 +109,8 @@ def check_fit(config: TrainingConfig, student: TrajectoryModel, teacher: Denoise
         shape = (1, *teacher.sample_shape)
         sigma_max = student.scheduler.config.sigma_max
         z, indices, generator = draw_batch(shape, sigma_max, config.num_train_timesteps, (0, 0, 0, 0), "cpu")
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+        of_batch = (student, teacher, loss)
+        weights = {p.untyped_storage().data_ptr() for module in of_batch for p in module.parameters()}
         kept = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,7 +133,7 @@ def check_fit(config: TrainingConfig, student: TrajectoryModel, teacher: Denoise
             "eval_classifier is 'digits', which reads images of shape (1, 8, 8) in 10 classes; the teacher's have"
             f" shape {shape[1:]} in {known or 'no'} classes, so pass --eval_classifier none."
         )
-    return sum(size for pointer, size in kept.items() if pointer not in parameters)
+    return sum(size for pointer, size in kept.items() if pointer not in weights)
 
 
 def estimate_memory(config: TrainingConfig, student: nn.Module, teacher: nn.Module, bytes_per_start: int) -> str:

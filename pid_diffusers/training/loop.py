@@ -647,7 +647,7 @@ def _step_of(line: str) -> float:
 def _first_difference(theirs, mine) -> str:
     if not isinstance(theirs, dict) or not isinstance(mine, dict):
         return f"{theirs} there, {mine} here"
-    key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key))
+    key = next(key for key in [*mine, *theirs] if mine.get(key) != theirs.get(key) or key not in theirs)
     return f"{key} is {theirs.get(key)} there, {mine.get(key)} here"
 
 

@@ -453,7 +453,7 @@ def test_arguments_that_no_network_has_are_named(tmp_path, edm_network):
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
     for change, sentence in [
-        ({"model_type": "MyUNet"}, "network of type MyUNet"),
+        ({"model_type": "MyUNet"}, "network of type 'MyUNet'"),
         ({"precond": "VEPrecond"}, "VEPrecond"),
         ({"precond": 3}, "preconditioning 3"),
         ({"num_blocks": 10**9}, "argument num_blocks is 1000000000"),

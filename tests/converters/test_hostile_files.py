@@ -407,3 +407,48 @@ def test_checkpoints_are_read_as_unpickling_would(tmp_path):
         (tmp_path / "a.pkl").write_bytes(pickle.dumps(each, protocol=4))
         result = read_checkpoint(tmp_path / "a.pkl").array
         assert np.array_equal(result, each) and result.dtype == each.dtype
+
+
+def legacy_with_keys(keys) -> bytes:
+    """torch.save's old format around an empty state dict, with a list of storages that says `keys`."""
+    parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {}, keys]
+    return b"".join(pickle.dumps(part, protocol=2) for part in parts)
+
+
+def nested(levels: int, branches: int = 1):
+    value = []
+    for _ in range(levels):
+        value = [value] * branches
+    return value
+
+
+@pytest.mark.parametrize("keys", [[0], nested(400), nested(60, 2)], ids=["numbers", "deep", "billion laughs"])
+def test_storage_keys_that_are_no_names_are_refused_at_once(unharmed, keys):
+    refuse(legacy_with_keys(keys), "is damaged")
+
+
+def test_storages_within_storages_are_refused(unharmed):
+    class Inner:
+        def __init__(self, data):
+            self.data = data
+
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (self.data,)
+
+    payload = b""
+    for _ in range(4):
+        parts = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, Inner(payload), []]
+        payload = b"".join(pickle.dumps(part, protocol=4 if part is parts[3] else 2) for part in parts)
+    refuse(payload, "storages within storages")
+
+
+def test_a_storage_that_is_read_again_and_again_is_refused(unharmed):
+    buffer = io.BytesIO()
+    torch.save(torch.zeros(10_000).untyped_storage(), buffer, _use_new_zipfile_serialization=False)
+
+    class Copies:
+        def __reduce__(self):
+            return torch.storage._load_from_bytes, (data,)
+
+    data = buffer.getvalue()
+    refuse(pickle.dumps([Copies() for _ in range(200)], protocol=2))

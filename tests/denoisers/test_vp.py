@@ -361,3 +361,9 @@ def test_a_schedule_without_an_ode_to_distil_is_refused_with_the_reason(tiny_une
     with pytest.raises(InputError, match=said) as raised:
         VPDenoiser(tiny_unet(), scheduler)
     assert "\n" not in str(raised.value)
+
+
+def test_a_network_that_is_told_the_logarithm_of_its_noise_level_is_refused(tiny_unet):
+    scheduler = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")
+    with pytest.raises(InputError, match="timestep_type 'continuous'"):
+        VPDenoiser(tiny_unet(), scheduler)

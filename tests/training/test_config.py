@@ -111,3 +111,8 @@ def test_bad_presets_are_answered_in_one_sentence(tmp_path, text, message):
 
 def test_every_setting_has_a_help_text():
     assert all(field.metadata["help"] for field in dataclasses.fields(TrainingConfig))
+
+
+def test_the_default_preset_leaves_head_and_weighting_to_the_teachers_family():
+    config = parse_config(["--teacher", "somebody/ddpm"])
+    assert config.prediction_type is None and config.weighting is None
