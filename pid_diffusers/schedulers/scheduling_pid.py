@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from diffusers import DDPMScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 
@@ -71,10 +72,14 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         beta_start (`float`, defaults to 0.0001), beta_end (`float`, defaults to 0.02): its first and last β.
         num_beta_steps (`int`, defaults to 1000): how many there are.
         trained_betas (`list[float]`, *optional*): all of them, instead of a schedule.
+        guidance_scale (`float`, *optional*): w of the ODE that is solved, where that is the teacher's with
+            classifier-free guidance, D = D_uncond + w (D_cond − D_uncond).
+        guidance_range (`list[float]`, *optional*): the lowest and highest w, where the network is told w as an
+            embedding and solves the ODE of each.
 
     Raises:
-        ValueError: for an unknown head, timestep type or schedule, N < 2, σ_data ≤ 0, ρ ≤ 0, or unless
-            0 < σ_min < σ_max.
+        ValueError: for an unknown head, timestep type or schedule, N < 2, σ_data ≤ 0, ρ ≤ 0, unless
+            0 < σ_min < σ_max, or for a w below 0, two of them in the wrong order, or both kinds.
 
     Source: Tee et al., Physics Informed Distillation for Diffusion Models; Karras et al. 2022 (EDM).
     """
@@ -103,6 +108,8 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         beta_end: float = 0.02,
         num_beta_steps: int = 1000,
         trained_betas: list[float] | None = None,
+        guidance_scale: float | None = None,
+        guidance_range: list[float] | None = None,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
@@ -122,6 +129,14 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
                 f"timestep_type is {timestep_type!r}, beta_schedule {beta_schedule!r}; a discrete model needs"
                 " beta_schedule or trained_betas, and no other has them."
             )
+        if guidance_scale is not None and guidance_range is not None:
+            raise ValueError("guidance_scale and guidance_range were both passed; pass one of them.")
+        if guidance_scale is not None and not 0 <= guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale is {guidance_scale}; pass a finite number of at least 0.")
+        if guidance_range is not None and (
+            len(guidance_range) != 2 or not 0 <= guidance_range[0] < guidance_range[1] < math.inf
+        ):
+            raise ValueError(f"guidance_range is {guidance_range}; pass two numbers, 0 or more, the lower one first.")
         if timestep_type == "discrete":
             self._log_sigmas = self.discrete_sigmas.log()
         self.init_noise_sigma = sigma_max
@@ -282,6 +297,14 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
     def without_variance(model_output: torch.Tensor, sample: torch.Tensor) -> torch.Tensor:
         """The first half of the channels, where the network gives a learned variance in the other half."""
         return model_output[:, : sample.shape[1]] if model_output.shape[1] == 2 * sample.shape[1] else model_output
+
+    @staticmethod
+    def guidance_embedding(guidance_scale: torch.Tensor, embedding_dim: int) -> torch.Tensor:
+        """
+        What a network with `time_cond_proj_dim` = `embedding_dim` is told of w: the sines and cosines of 1000 (w − 1)
+        that latent consistency models use, `(B,)` → `(B, embedding_dim)` in float32.
+        """
+        return get_timestep_embedding(1000 * (guidance_scale.float() - 1), embedding_dim)
 
     def network_output(self, model_output: torch.Tensor, z: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """
