@@ -22,18 +22,20 @@ setup(
         "pid_diffusers.models",
         "pid_diffusers.pipelines",
         "pid_diffusers.schedulers",
+        "pid_diffusers.text",
         "pid_diffusers.training",
     ],
     package_dir={"pid_diffusers.model_cards": "model_cards", "pid_diffusers.pipelines": "pipelines"},
     package_data={
         "pid_diffusers": ["presets/*.yaml", "assets/*/*", "assets/*/*/*"],
+        "pid_diffusers.evaluation": ["digit_features.safetensors"],
         "pid_diffusers.model_cards": ["*.jinja"],
     },
     install_requires=[
         "torch>=2.6",
         # loading relies on how diffusers finds classes outside its own package
         "diffusers>=0.42,<0.43",
-        "transformers>=4.45",
+        "transformers>=5.0",
         "accelerate>=1.1",
         "datasets>=3.0",
         "huggingface_hub>=1.32",
@@ -51,7 +53,11 @@ setup(
     ],
     entry_points={"console_scripts": ["pid-diffusers = pid_diffusers.cli:main"]},
     extras_require={
+        # --optimizer adamw_8bit
+        "8bit": ["bitsandbytes>=0.43"],
         "demo": ["gradio>=6.31,<7"],
+        # pid-diffusers evaluate
+        "evaluation": ["torch-fidelity>=0.4", "torchvision>=0.21"],
         "test": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",
@@ -61,6 +67,10 @@ setup(
             # the page and the browser that looks at it; Chromium itself is the system's
             "gradio>=6.31,<7",
             "playwright>=1.50",
+            # evaluate, and the second opinion on its arithmetic
+            "torch-fidelity>=0.4",
+            "torchmetrics>=1.6",
+            "torchvision>=0.21",
         ],
     },
 )

@@ -34,7 +34,7 @@ def main() -> int:
 
 def run(config: TrainingConfig, publisher: Publisher, teacher: str, found: str | None) -> int:
     trainer = Trainer(config, teacher)
-    report = RunReport(config, teacher)
+    report = RunReport(config, teacher, trainer.teacher)
     if trainer.accelerator.is_main_process:
         if found:
             print(found, flush=True)

@@ -2,10 +2,12 @@
 
     python benchmarks/train_discrete_teacher.py --prediction_type epsilon --output_dir teachers/epsilon
     python benchmarks/train_discrete_teacher.py --prediction_type v_prediction --output_dir teachers/v_prediction
+    python benchmarks/train_discrete_teacher.py --prediction_type sample --output_dir teachers/sample
+    python benchmarks/train_discrete_teacher.py --prediction_type score --output_dir teachers/score
     python benchmarks/heads.py --teachers teachers --output_dir heads
 
 The settings are those of the preset `digits`. A run takes two to three minutes on 2 CPU cores; what is there already
-is not run again.
+is not run again. `--only score` runs and prints those of one teacher.
 """
 
 import argparse
@@ -34,6 +36,9 @@ RUNS = [
     ("v_prediction", True, "v_prediction", "inverse_variance"),
     ("v_prediction", False, "v_prediction", "uniform"),
     ("v_prediction", True, "sample", "uniform"),
+    ("sample", True, "sample", "uniform"),
+    ("score", None, "score", "inverse_variance"),
+    ("score", None, "score", "uniform"),
 ]
 
 
@@ -50,12 +55,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teachers", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--only", choices=sorted({run[0] for run in RUNS}))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print("| teacher | D clamped | head | weighting | distance | read as asked: student, teacher |")
     print("|---|---|---|---|---|---|")
     for teacher, clip, head, weighting in RUNS:
-        source = teacher if clip is None else str(with_clipping(args.teachers / teacher, clip, args.output_dir))
+        if args.only not in (None, teacher):
+            continue
+        source = teacher if teacher == "digits" else str(args.teachers / teacher)
+        if clip is not None:
+            source = str(with_clipping(args.teachers / teacher, clip, args.output_dir))
         clamped = {None: "", True: "-clamped", False: "-free"}[clip]
         folder = args.output_dir / f"{teacher}{clamped}-{head}-{weighting}"
         if not (folder / "results.json").exists():

@@ -2,8 +2,10 @@
 
     python examples/make_shipped_cards.py teacher
     python examples/make_shipped_cards.py student pid-digits
+    python examples/make_shipped_cards.py words-teacher
 
-The first measures the built-in teacher anew. The second takes the figures and pictures of a finished run.
+The first measures the built-in teacher anew. The second takes the figures and pictures of a finished run, the third
+those that come with the text-to-image teacher.
 """
 
 import argparse
@@ -23,17 +25,19 @@ KEPT = ("samples.png", "trajectory.png", "results.json", "config.yaml")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", choices=["teacher", "student"])
+    parser.add_argument("which", choices=["teacher", "student", "words-teacher"])
     parser.add_argument("run", nargs="?", type=Path, help="the output folder of the student's run")
     args = parser.parse_args()
     if args.which == "student" and args.run is None:
         parser.error("run is missing; pass the output folder of the student's run.")
 
-    name = f"digits-{args.which}"
+    name = args.which if args.which == "words-teacher" else f"digits-{args.which}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name
         if args.which == "student":
             shutil.copytree(args.run, folder, ignore=shutil.ignore_patterns("checkpoint-*", "logs", "validation"))
+        elif args.which == "words-teacher":
+            shutil.copytree(BUILT_IN["words"], folder)
         else:
             shutil.copytree(BUILT_IN["digits"], folder)
             settings = {"output_dir": name, "max_train_steps": 3000, "train_batch_size": 128, "learning_rate": 1e-3}

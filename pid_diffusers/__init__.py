@@ -7,7 +7,7 @@ from .errors import InputError
 from .loading import register
 from .losses import PIDLoss
 from .models import ADMUNet2DModel, EDMUNet2DModel
-from .pipelines import OneStepPIDPipeline
+from .pipelines import OneStepPIDPipeline, OneStepPIDTextToImagePipeline
 from .schedulers import PIDScheduler
 from .trajectory import TrajectoryModel
 
@@ -21,6 +21,7 @@ __all__ = [
     "EmpiricalDenoiser",
     "InputError",
     "OneStepPIDPipeline",
+    "OneStepPIDTextToImagePipeline",
     "PIDLoss",
     "PIDScheduler",
     "TrajectoryModel",
@@ -28,4 +29,4 @@ __all__ = [
     "VPDenoiser",
 ]
 
-register(sys.modules[__name__], [OneStepPIDPipeline])
+register(sys.modules[__name__], [OneStepPIDPipeline, OneStepPIDTextToImagePipeline])

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .conditioning import network_arguments
 from .schedulers import PIDScheduler
 
 
@@ -28,12 +29,14 @@ class TrajectoryModel(nn.Module):
         Args:
             z (`torch.Tensor` of shape `(B, C, H, W)`): starts of standard deviation T.
             sigma (`float` or `torch.Tensor` of shape `(B,)`): noise levels in (0, T].
-            **condition: what the network is conditioned on, such as `class_labels` of shape `(B,)`.
+            **condition: what the network is conditioned on, such as `class_labels` of shape `(B,)`, with the names and
+                shapes of [`network_arguments`].
         """
         sigma = self.scheduler.sigma_tensor(sigma, z)
         timestep = self.scheduler.sigma_to_timestep(sigma).expand(z.shape[0])
         sample = self.scheduler.scale_model_input(z, timestep).to(next(self.unet.parameters()).dtype)
-        output = self.unet(sample, timestep, **condition, return_dict=False)[0]
+        arguments = network_arguments(self.unet, condition)
+        output = self.unet(sample, timestep, **arguments, return_dict=False)[0]
         return self.scheduler.network_output(output.to(z.dtype), z, sigma)
 
     def forward(self, z: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:

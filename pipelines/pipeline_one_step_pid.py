@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput, ModelMixin, UNet2DModel, VQModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.embeddings import GaussianFourierProjection
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
+logger = logging.get_logger(__name__)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -23,6 +26,10 @@ class OneStepPIDPipeline(DiffusionPipeline):
 
     From noise z = T · `latents` one network call gives x_θ(z, ε), the image, or x_θ(z, σ) at any other noise level.
     With a `vae` these are latents, which it decodes to images.
+
+    A `UNet2DModel` with a Fourier time embedding, such as NCSN++, is told the noise level by phases of hundreds of
+    radians. To run one in half precision, load it in float32 and call [`~OneStepPIDPipeline.to`], which leaves the
+    embedding's frequencies as they are; loaded with `dtype=torch.bfloat16` they are rounded, which is warned of.
 
     Args:
         unet ([`UNet2DModel`], [`DiTTransformer2DModel`] or another network that is called as these): the distilled
@@ -53,6 +60,26 @@ class OneStepPIDPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=1)
+        for frequencies in self._fourier_frequencies():
+            if frequencies.dtype in (torch.float16, torch.bfloat16):
+                logger.warning(
+                    "The frequencies of this network's time embedding are in %s, by whose rounding the network takes"
+                    " one noise level for another. Load the pipeline in float32 and call pipe.to(%s), which keeps"
+                    " them in float32.",
+                    frequencies.dtype,
+                    frequencies.dtype,
+                )
+
+    def _fourier_frequencies(self) -> list[torch.nn.Parameter]:
+        return [module.weight for module in self.unet.modules() if isinstance(module, GaussianFourierProjection)]
+
+    def to(self, *args, **kwargs) -> DiffusionPipeline:
+        """As for every pipeline, but the frequencies of a Fourier time embedding are not cast."""
+        kept = [(frequencies, frequencies.data) for frequencies in self._fourier_frequencies()]
+        super().to(*args, **kwargs)
+        for frequencies, unrounded in kept:
+            frequencies.data = unrounded.to(frequencies.device)
+        return self
 
     def check_inputs(
         self,
@@ -164,7 +191,8 @@ class OneStepPIDPipeline(DiffusionPipeline):
                 decodes noisy latents as they are; what it makes of much noise is no image.
             generator (`torch.Generator` or a list of one an image, *optional*): makes the result repeatable.
             latents (`torch.Tensor` of shape `(B, C, H, W)`, *optional*): noise of unit variance, instead of drawn.
-            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1], or
+            output_type (`str`, defaults to `"pil"`): `"pil"`, `"np"` (B, H, W, C) or `"pt"` (B, C, H, W) in [0, 1],
+                black to white whatever the scheduler's `sample_min`, or
                 `"latent"`: x_θ as it is, not decoded, a tensor in the units of what the network was trained on.
             return_dict (`bool`, defaults to `True`): an [`ImagePipelineOutput`] instead of a tuple.
             callback_on_step_end (`Callable`, *optional*): called as `(pipe, step, timestep, callback_kwargs)` after
@@ -231,6 +259,8 @@ class OneStepPIDPipeline(DiffusionPipeline):
         # 6. Images
         if sigmas is not None:
             latents = torch.stack(points, dim=1).flatten(0, 1)
+        if self.vae is None and output_type != "latent" and self.scheduler.config.get("sample_min") == 0:
+            latents = 2 * latents - 1  # from the range of the data to that of all other images
         if self.vae is not None and output_type != "latent":
             latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             latents = self.vae.decode(latents, return_dict=False)[0]

@@ -140,6 +140,22 @@ def test_a_body_in_bfloat16_keeps_the_last_layers_weights_unrounded(tiny_unet, n
     assert not torch.equal(output, output.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.003), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("embedding", ["positional", "fourier"])
+def test_a_half_precision_body_is_told_the_noise_level_exactly(tiny_unet, noise, embedding, dtype, tolerance):
+    network, sample = tiny_unet(time_embedding_type=embedding), noise(8, 3, 8, 8)
+    half = keep_output_in_float32(tiny_unet(time_embedding_type=embedding), dtype)
+    assert half.conv_in.weight.dtype == dtype
+    with torch.no_grad():
+        for sigma in (0.01, 0.5, 1300.0):
+            output = half(sample.to(dtype), torch.tensor(sigma)).sample
+            assert difference(output, network(sample, torch.tensor(sigma)).sample) < tolerance
+        if embedding == "fourier":  # rounded frequencies cost several times as much
+            output = network.to(dtype)(sample.to(dtype), torch.tensor(1300.0)).sample
+            exact = tiny_unet(time_embedding_type=embedding)(sample, torch.tensor(1300.0)).sample
+            assert difference(output, exact) > 2 * tolerance
+
+
 def test_doing_it_twice_changes_nothing_more(tiny_unet):
     network = keep_output_in_float32(keep_output_in_float32(tiny_unet(), torch.bfloat16), torch.bfloat16)
     assert torch.equal(network.conv_out.weight, tiny_unet().conv_out.weight)

@@ -22,12 +22,13 @@ from PIL import Image
 from ..denoisers import Denoiser, heun
 from ..denoisers.base import BUILT_IN
 from ..errors import InputError
+from ..pipelines import OneStepPIDTextToImagePipeline
 from ..precision import widest_float
 from ..schedulers import PIDScheduler
 from ..trajectory import TrajectoryModel
 
 # by what the teacher that it was distilled from is called
-BUILT_IN_STUDENTS = {name: folder.with_name(f"{name}-student") for name, folder in BUILT_IN.items()}
+BUILT_IN_STUDENTS = {"digits": BUILT_IN["digits"].with_name("digits-student")}
 MAX_BATCH = 64
 
 
@@ -133,6 +134,11 @@ class DemoModel:
         folder = _find(model)
         pipe = _load_student(model, folder)
         name = folder.resolve().name if Path(model).is_dir() else model
+        if isinstance(pipe, OneStepPIDTextToImagePipeline):
+            reason = "A student that is told a text cannot be compared with its teacher here"
+            if teacher is not None:
+                raise InputError(f"teacher is {str(teacher)!r}. {reason}; leave it out.")
+            return DemoModel(pipe, None, name, None, f"{reason}.")
         if teacher is not None:
             return DemoModel(pipe, _load_teacher(str(teacher), pipe), name, str(teacher))
         named = _named_teachers(model)
@@ -150,8 +156,8 @@ class DemoModel:
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes the student knows; `None` if it is unconditional."""
-        return self.pipe.num_classes
+        """How many classes the student knows; `None` if it is unconditional or told a text."""
+        return getattr(self.pipe, "num_classes", None)
 
     @property
     def takes_prompt(self) -> bool:
@@ -243,7 +249,7 @@ class DemoModel:
             points.append((s, self._image(x[0], s)))
             if progress is not None:
                 progress(len(of_teacher) / heun_steps)
-        distance = (image - x).square().mean().sqrt().item()
+        distance = (image - x).square().mean().sqrt().item() * 2 / (1 - self.pipe.scheduler.config.sample_min)
         return Comparison(self, sample, points, heun_steps, statistics.median(of_student), sum(of_teacher), distance)
 
     def _student(self, samples: Sequence[Sample], t: float) -> torch.Tensor:
@@ -259,7 +265,7 @@ class DemoModel:
         """x/√(1 + t²) of shape (C, H, W) as a picture; of a student in latent space, decoded."""
         vae = self.pipe.vae
         if vae is None:
-            return to_image(x, t)
+            return to_image(x, t, self.pipe.scheduler.config.sample_min)
         latents = (x[None].float() / math.sqrt(1 + t**2) / vae.config.scaling_factor).to(self.device, vae.dtype)
         with self._lock:
             return to_image(vae.decode(latents, return_dict=False)[0][0].cpu(), 0.0)
@@ -298,11 +304,11 @@ def _timed(call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return x, time.perf_counter() - start
 
 
-def to_image(x: torch.Tensor, t: float) -> Image.Image:
-    """x/√(1 + t²) of shape (C, H, W), as a picture: values in [−1, 1] from black to white, others clipped; gray if
-    there are other than three channels, of which the first is shown."""
+def to_image(x: torch.Tensor, t: float, sample_min: float = -1.0) -> Image.Image:
+    """x/√(1 + t²) of shape (C, H, W), as a picture: values in [`sample_min`, 1] from black to white, others clipped;
+    gray if there are other than three channels, of which the first is shown."""
     x = x if x.shape[0] == 3 else x[:1]
-    x = (x.float() / math.sqrt(1 + t**2) + 1) / 2
+    x = (x.float() / math.sqrt(1 + t**2) - sample_min) / (1 - sample_min)
     pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
 

@@ -182,7 +182,7 @@ def build(model: DemoModel, title: str | None = None, other_models: bool = False
         with gr.Row(elem_id="pid-main"):
             with gr.Column(elem_id="pid-controls"):
                 label = gr.Dropdown(**first[1], label="Class", elem_id="pid-class")
-                prompt = gr.Textbox(**first[2], label="Prompt", placeholder="Press Enter to generate", lines=2)
+                prompt = gr.Textbox(**first[2], label="Prompt", placeholder="Press Enter to generate", lines=1)
                 seed = gr.Number(0, label="Seed", precision=0, elem_id="pid-seed")
                 new_seed = gr.Button("New random seed", variant="primary", elem_id="pid-new-seed")
             with gr.Column(elem_id="pid-stage"):
@@ -393,6 +393,7 @@ def _data_uri(image: Image.Image) -> str:
 
 def _sample_words(sample: Sample) -> str:
     condition = "" if sample.label is None else f"class {sample.label}, "
+    condition += f"“{sample.prompt}”, " if sample.prompt else ""
     return f"{condition}seed {sample.seed}"
 
 

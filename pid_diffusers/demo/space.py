@@ -17,7 +17,17 @@ from ..errors import InputError
 from .model import DemoModel, model_card, name_or_folder
 
 # what loading a student and showing it needs of what the package requires
-REQUIRED = ("torch", "diffusers", "accelerate", "huggingface_hub", "safetensors", "numpy", "pyyaml")
+REQUIRED = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "pyyaml",
+)
 
 APP = '''\
 """Shows a student of Physics Informed Distillation."""

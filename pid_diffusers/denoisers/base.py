@@ -6,16 +6,27 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, DiTTransformer2DModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTTransformer2DModel,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.models.embeddings import LabelEmbedding
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
+from ..adapters import without_adapters
 from ..errors import InputError
 from ..models import EDMUNet2DModel
 
-BUILT_IN = {"digits": Path(__file__).parent.parent / "assets" / "digits-teacher"}
+TEXT_TO_IMAGE = (StableDiffusionPipeline, StableDiffusionXLPipeline)
+BUILT_IN = {name: Path(__file__).parent.parent / "assets" / f"{name}-teacher" for name in ("digits", "words")}
 
 
 class Denoiser(nn.Module):
@@ -43,6 +54,11 @@ class Denoiser(nn.Module):
     predicts: str = "the sample"
     vae: AutoencoderKL | VQModel | None = None
 
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        # adapters belong to a student that shares the teacher's weights
+        with without_adapters(getattr(self, "unet", None)):
+            return super().__call__(*args, **kwargs)
+
     def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
         """D(x, σ) of shape `(B, C, H, W)` for `x` of that shape and `sigma` a number or of shape `(B,)`."""
         raise NotImplementedError
@@ -59,6 +75,14 @@ class Denoiser(nn.Module):
             return {}
         return {"class_labels": torch.randint(self.num_classes, (batch_size,), generator=generator)}
 
+    def shown_condition(self, num_samples: int, class_labels: list[int] | None = None) -> dict[str, torch.Tensor]:
+        """What samples that are shown and measured are conditioned on, one row each: the teacher's classes in turn, or
+        `class_labels`; or nothing."""
+        if self.num_classes is None:
+            return {}
+        labels = torch.arange(num_samples) % self.num_classes if class_labels is None else torch.tensor(class_labels)
+        return {"class_labels": labels}
+
     @property
     def num_classes(self) -> int | None:
         """How many classes the teacher knows; `None` if it is unconditional.
@@ -71,10 +95,10 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images `(B, 3, H, W)` in about [−1, 1] from what the teacher denoises, on the latter's device; without a
-        `vae` that is what they are."""
+        """Images `(B, C, H, W)` in about [−1, 1] from what the teacher denoises, on the latter's device; without a
+        `vae` that is what they are, or twice that less 1 if the data's `sample_min` is 0."""
         if self.vae is None:
-            return latents
+            return 2 * latents - 1 if self.trajectory_config.get("sample_min") == 0 else latents
         self.vae.to(next(self.unet.parameters()).device)
         scaled = (latents / self.vae.config.scaling_factor).to(self.vae.device, self.vae.dtype)
         # one at a time: a decoder needs far more memory for an image than the network
@@ -97,9 +121,19 @@ class Denoiser(nn.Module):
         return (
             f"{type(self).__name__} that predicts {self.predicts}, noise levels {levels['sigma_max']:g} to"
             f" {levels['sigma_min']:g}, {images},"
-            f" {f'{self.num_classes} classes' if self.num_classes else 'unconditional'},"
-            f" {type(self.unet).__name__} with {sum(p.numel() for p in self.unet.parameters()) / 1e6:.2f} M parameters"
+            f" {self._conditioning},"
+            f" {type(self.unet).__name__} with {self._num_parameters() / 1e6:.2f} M parameters"
         )
+
+    def _num_parameters(self) -> int:
+        """Those of the network, without adapters, which are a student's."""
+        return sum(weight.numel() for name, weight in self.unet.named_parameters() if ".lora_" not in name)
+
+    @property
+    def _conditioning(self) -> str:
+        if self.num_classes:
+            return f"{self.num_classes} classes"
+        return "text" if isinstance(self.unet, UNet2DConditionModel) else "unconditional"
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> "Denoiser":
@@ -118,36 +152,58 @@ class Denoiser(nn.Module):
             InputError: if there is no such folder or Hub repo, it holds no pipeline, or its scheduler does not say how
                 the network was parametrised.
         """
-        folder = _find(teacher)
-        try:
-            index = json.loads((folder / "model_index.json").read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"teacher is {str(teacher)!r}, which holds no diffusers pipeline (model_index.json:"
-                f" {error.__class__.__name__}); pass a folder written by save_pretrained."
-            ) from error
-        entry = index.get("scheduler") if isinstance(index, dict) else None
-        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
-        families = [family for family in Denoiser.__subclasses__() if name in family.scheduler_classes]
-        if not families:
-            known = ", ".join(n for family in Denoiser.__subclasses__() for n in family.scheduler_classes)
-            raise InputError(
-                f"teacher is {str(teacher)!r}, whose scheduler ({name}) does not tell how its network was"
-                f" parametrised; its model_index.json must name one of: {known}."
-            )
-        try:
-            # a DiT in pixel space has no VAE, which diffusers wants to hear
-            without = {"vae": None} if index.get("vae") == [None, None] else {}
-            pipeline = DiffusionPipeline.from_pretrained(folder, **without)
-        except Exception as error:
-            raise InputError(
-                f"teacher is {str(teacher)!r}, which diffusers cannot load ({' '.join(str(error).split())}); pass a"
-                " folder whose files are all there."
-            ) from error
-        denoiser, vae = families[0].from_pipeline(pipeline), get_vae(pipeline)
+        return Denoiser.of(load_pipeline(teacher))
+
+    @staticmethod
+    def of(pipeline: DiffusionPipeline) -> "Denoiser":
+        """The denoiser in a pipeline of any family, with its VAE if it has one; from [`load_pipeline`]."""
+        denoiser, vae = _family(type(pipeline.scheduler).__name__).from_pipeline(pipeline), get_vae(pipeline)
         if vae is not None:
             denoiser.__dict__["vae"] = vae.eval().requires_grad_(False)  # past nn.Module, which would adopt it
         return denoiser
+
+
+def load_pipeline(teacher: str | Path) -> DiffusionPipeline:
+    """
+    A teacher's pipeline, without its safety checker.
+
+    Args:
+        teacher (`str` or `Path`): as for [`Denoiser.from_pretrained`].
+
+    Raises:
+        InputError: as there.
+    """
+    folder = find_pipeline(teacher)
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"teacher is {str(teacher)!r}, which holds no diffusers pipeline (model_index.json:"
+            f" {error.__class__.__name__}); pass a folder written by save_pretrained."
+        ) from error
+    entry = index.get("scheduler") if isinstance(index, dict) else None
+    name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+    if _family(name) is None:
+        known = ", ".join(n for family in Denoiser.__subclasses__() for n in family.scheduler_classes)
+        raise InputError(
+            f"teacher is {str(teacher)!r}, whose scheduler ({name}) does not tell how its network was"
+            f" parametrised; its model_index.json must name one of: {known}."
+        )
+    # a DiT in pixel space has no VAE, which diffusers wants to hear
+    without = {"vae": None} if index.get("vae") == [None, None] else {}
+    if "safety_checker" in index:
+        without |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        return DiffusionPipeline.from_pretrained(folder, **without)
+    except Exception as error:
+        raise InputError(
+            f"teacher is {str(teacher)!r}, which diffusers cannot load ({' '.join(str(error).split())}); pass a"
+            " folder whose files are all there."
+        ) from error
+
+
+def _family(scheduler_class: str | None) -> type[Denoiser] | None:
+    return next((f for f in Denoiser.__subclasses__() if scheduler_class in f.scheduler_classes), None)
 
 
 def get_network(pipeline: DiffusionPipeline) -> nn.Module:
@@ -158,10 +214,18 @@ def get_network(pipeline: DiffusionPipeline) -> nn.Module:
         InputError: if the pipeline has another one.
     """
     network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    if isinstance(pipeline, TEXT_TO_IMAGE):
+        if network.config.in_channels != network.config.out_channels:
+            raise InputError(
+                f"teacher is a {type(pipeline).__name__} whose UNet takes {network.config.in_channels} channels and"
+                f" gives {network.config.out_channels}, as for inpainting or editing; pass a text-to-image one."
+            )
+        return network
     if not isinstance(network, UNet2DModel | EDMUNet2DModel | DiTTransformer2DModel):
         raise InputError(
-            f"teacher is a {type(pipeline).__name__} with a network of type {type(network).__name__}; pass a pipeline"
-            " whose `unet` or `transformer` is a UNet2DModel, EDMUNet2DModel or DiTTransformer2DModel."
+            f"teacher is a {type(pipeline).__name__} with a network of type {type(network).__name__}; pass a"
+            " StableDiffusionPipeline, a StableDiffusionXLPipeline, or a pipeline whose `unet` or `transformer` is a"
+            " UNet2DModel, EDMUNet2DModel or DiTTransformer2DModel."
         )
     return without_label_dropout(network)
 
@@ -190,7 +254,8 @@ def without_label_dropout(network: nn.Module) -> nn.Module:
     return network
 
 
-def _find(teacher: str | Path) -> Path:
+def find_pipeline(teacher: str | Path) -> Path:
+    """The folder of a teacher's pipeline: its own, that of a built-in one, or that to which it is downloaded."""
     if str(teacher) in BUILT_IN:
         return BUILT_IN[str(teacher)]
     folder = Path(teacher)

@@ -25,6 +25,8 @@ class EDMDenoiser(Denoiser):
         timestep_type (`str`, defaults to `"edm"`): `"edm"` for c_noise = ln(σ)/4, `"edm_scaled"` for 250 ln(σ).
         sigma_min, sigma_max (`float`): the range of noise levels that the network was trained for.
         prediction_type (`str`, defaults to `"edm"`): `"v_prediction"` turns the sign of c_out.
+        clip_denoised (`bool`, defaults to `False`): clamps D to [−1, 1]. EDM's own sampler does not; OpenAI's does,
+            for every network of the consistency models, and so does the scheduler that describes them.
 
     Source: Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models.
     """
@@ -39,6 +41,7 @@ class EDMDenoiser(Denoiser):
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
         prediction_type: str = "edm",
+        clip_denoised: bool = False,
     ):
         super().__init__()
         if timestep_type not in ("edm", "edm_scaled"):
@@ -55,6 +58,7 @@ class EDMDenoiser(Denoiser):
         }
         self.predicts = "v_prediction" if prediction_type == "v_prediction" else "EDM's mixture"
         self.sigma_data = sigma_data
+        self.clip_denoised = clip_denoised
         self.sign = -1.0 if prediction_type == "v_prediction" else 1.0
         self.noise_levels = PIDScheduler(**self.trajectory_config)
 
@@ -69,14 +73,16 @@ class EDMDenoiser(Denoiser):
         c_in = 1 / variance.sqrt()
         sample = (c_in * x).to(next(self.unet.parameters()).dtype)
         output = self.unet(sample, timestep, **condition, return_dict=False)[0]
-        return (c_skip * x.to(dtype) + c_out * output.to(dtype)).to(x.dtype)
+        denoised = c_skip * x.to(dtype) + c_out * output.to(dtype)
+        return (denoised.clamp(-1, 1) if self.clip_denoised else denoised).to(x.dtype)
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> "EDMDenoiser":
         config = pipeline.scheduler.config
         levels = {name: config[name] for name in ("sigma_data", "sigma_min", "sigma_max")}
         if "prediction_type" not in config:  # the consistency models', whose networks have EDM's form
-            return cls(get_network(pipeline), timestep_type="edm_scaled", **levels)
+            clip = config.clip_denoised
+            return cls(get_network(pipeline), timestep_type="edm_scaled", clip_denoised=clip, **levels)
         # diffusers' EDM schedulers call EDM's own output "epsilon"
         kinds = {"epsilon": "edm", "v_prediction": "v_prediction"}
         if config.prediction_type not in kinds:

@@ -14,7 +14,8 @@ class VEDenoiser(Denoiser):
 
         D(x, σ) = x + σ² F(x, σ)
 
-    The arithmetic is done in float32 or better, whatever type the network has; the result has x's type.
+    Its data lie in [0, 1], as those of diffusers' `ScoreSdeVePipeline`; `decode` gives images in [−1, 1]. The
+    arithmetic is done in float32 or better, whatever type the network has; the result has x's type.
 
     Args:
         unet (`nn.Module`): called as `unet(sample, timestep, **condition, return_dict=False)[0]`, such as a
@@ -38,6 +39,7 @@ class VEDenoiser(Denoiser):
             "sigma_data": 0.5,
             "prediction_type": "score",
             "timestep_type": "sigma",
+            "sample_min": 0.0,
         }
 
     def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:

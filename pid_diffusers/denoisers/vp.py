@@ -5,6 +5,7 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
+from ..conditioning import network_arguments
 from ..errors import InputError
 from ..schedulers import PIDScheduler
 from .base import Denoiser, get_network
@@ -110,23 +111,34 @@ class VPDenoiser(Denoiser):
             )
 
     def forward(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.denoise(self.predict(x, sigma, **condition), x, sigma)
+
+    def predict(self, x: torch.Tensor, sigma: float | torch.Tensor, **condition) -> torch.Tensor:
+        """F, what the network predicts at √ᾱ x and the index of σ, of x's shape in float32 or better."""
         sigma = PIDScheduler.sigma_tensor(sigma, x).expand(x.shape[0])
         timestep = self.noise_levels.sigma_to_timestep(sigma)
-        sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
-        c_in = 1 / (1 + sigma**2).sqrt()
-        sample = (c_in * x).to(next(self.unet.parameters()).dtype)
-        output = self.unet(sample, timestep, **condition, return_dict=False)[0]
-        output = PIDScheduler.without_variance(output, x).to(dtype)
+        sample = (self._c_in(x, sigma) * x).to(next(self.unet.parameters()).dtype)
+        output = self.unet(sample, timestep, **network_arguments(self.unet, condition), return_dict=False)[0]
+        return PIDScheduler.without_variance(output, x).to(torch.promote_types(x.dtype, torch.float32))
+
+    def denoise(self, prediction: torch.Tensor, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """D(x, σ) from F, from [`~VPDenoiser.predict`] or a mixture of such."""
+        sigma = PIDScheduler.sigma_tensor(sigma, x).expand(x.shape[0])
+        c_in = self._c_in(x, sigma)
+        sigma = sigma.reshape(c_in.shape)
         if self.prediction_type == "epsilon":
-            denoised = x - sigma * output
+            denoised = x - sigma * prediction
         elif self.prediction_type == "v_prediction":
-            denoised = c_in**2 * x - sigma * c_in * output
+            denoised = c_in**2 * x - sigma * c_in * prediction
         else:
-            denoised = output
+            denoised = prediction
         if self.clip_sample_range is not None:
             denoised = denoised.clamp(-self.clip_sample_range, self.clip_sample_range)
         return denoised.to(x.dtype)
+
+    @staticmethod
+    def _c_in(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return 1 / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2).sqrt()
 
     @classmethod
     def from_pipeline(cls, pipeline: DiffusionPipeline) -> "VPDenoiser":

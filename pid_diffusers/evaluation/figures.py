@@ -8,14 +8,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 
-def save_same_seed(path: str | Path, teacher: torch.Tensor, student: torch.Tensor, heun_steps: int, title: str = ""):
-    """Images of the teacher above those of the student from the same starts, `(B, C, H, W)` each, in [−1, 1]."""
-    save_rows(path, {f"teacher, {2 * heun_steps} calls": teacher, "student, 1 call": student}, title)
+def save_same_seed(
+    path: str | Path,
+    teacher: torch.Tensor,
+    student: torch.Tensor,
+    heun_steps: int,
+    title: str = "",
+    columns: Sequence[str] | None = None,
+):
+    """Images of the teacher above those of the student from the same starts, `(B, C, H, W)` each, in [−1, 1]; above
+    them what each column shows, such as the prompts."""
+    save_rows(path, {f"teacher, {2 * heun_steps} calls": teacher, "student, 1 call": student}, title, columns)
 
 
-def save_rows(path: str | Path, rows: Mapping[str, torch.Tensor], title: str = ""):
-    """Rows of images, `(B, C, H, W)` each, in [−1, 1], with their names."""
-    _save(_image_rows([list(images) for images in rows.values()], list(rows), None, title), path)
+def save_rows(
+    path: str | Path, rows: Mapping[str, torch.Tensor], title: str = "", columns: Sequence[str] | None = None
+):
+    """Rows of images, `(B, C, H, W)` each, in [−1, 1], with their names, and those of the columns."""
+    _save(_image_rows([list(images) for images in rows.values()], list(rows), columns, title), path)
 
 
 def save_trajectory(
@@ -76,7 +86,7 @@ def _image_rows(
             pixels = ((image.float() + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu().numpy()
             line[c].imshow(pixels, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             if columns and r == 0:
-                line[c].set_title(columns[c], fontsize=8)
+                line[c].set_title(columns[c], fontsize=7)
         line[0].text(-0.15, 0.5, names[r], transform=line[0].transAxes, ha="right", va="center", fontsize=8)
     if title:
         figure.suptitle(title, fontsize=9)

@@ -1,17 +1,20 @@
 """What a run shows of itself: pictures while it trains; pictures, figures and the model card at its end."""
 
 import json
+import textwrap
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState
 
-from ..denoisers import Denoiser
+from ..denoisers import Denoiser, GuidedDenoiser
+from ..errors import InputError
 from ..hub.card import write_card
 from ..training import TrainingConfig, TrainingResult
 from ..training.checkpoints import write_text
 from ..training.loop import METRICS_FILE
 from ..trajectory import TrajectoryModel
-from .digits import DigitClassifier
+from .digits import DigitClassifier, digit_of
 from .figures import save_loss_curve, save_same_seed, save_trajectory
 from .provenance import describe_compute, describe_teacher, teacher_card, versions
 from .same_seed import SameSeedSamples, draw_starts, measure_speedup, same_seed_samples, teacher_trajectory
@@ -28,11 +31,21 @@ class RunReport:
     Args:
         config (`TrainingConfig`): where they go, how many images they show, and what is measured.
         teacher (`str`, *optional*): what was loaded for `config.teacher`, where that is another folder.
+        denoiser (`Denoiser`, *optional*): the teacher itself, to check that what is asked for can be measured.
+
+    Raises:
+        InputError: if the classifier can read nothing of what the prompts ask for.
     """
 
-    def __init__(self, config: TrainingConfig, teacher: str | None = None):
+    def __init__(self, config: TrainingConfig, teacher: str | None = None, denoiser: Denoiser | None = None):
         self.config = config
         self.folder = Path(config.output_dir)
+        if config.eval_classifier == "digits" and isinstance(denoiser, GuidedDenoiser):
+            if not any(digit_of(prompt) is not None for prompt in denoiser.shown_prompts.prompts):
+                raise InputError(
+                    "eval_classifier is 'digits', but no prompt asks for one digit, such as 'a handwritten seven';"
+                    " pass other --eval_prompts, or --eval_classifier none."
+                )
         self.teacher_card = teacher_card(teacher or config.teacher)  # read now, not after days without a network
 
     def validate(self, student: TrajectoryModel, teacher: Denoiser, step: int) -> dict[str, float]:
@@ -40,7 +53,8 @@ class RunReport:
         samples = self._shown(student, teacher)
         title = f"step {step}: rms distance {samples.rms_distance:.3f}"
         path = self.folder / "validation" / f"step-{step:07d}.png"
-        save_same_seed(path, teacher.decode(samples.teacher), teacher.decode(samples.student), HEUN_STEPS, title)
+        pictures = teacher.decode(samples.teacher), teacher.decode(samples.student)
+        save_same_seed(path, *pictures, HEUN_STEPS, title, self._columns(teacher))
         return {"rms_distance": samples.rms_distance}
 
     def checkpoint(self, result: TrainingResult):
@@ -72,9 +86,11 @@ class RunReport:
                 f" {samples.rms_distance:.4f} ({config.num_eval_samples} seeds never trained on)"
             )
             if config.eval_classifier == "digits":
-                classifier, labels = DigitClassifier(), samples.condition["class_labels"]
-                for name, images in (("teacher", samples.teacher), ("student", samples.student)):
-                    results[f"{name}_digits_read_as_asked"] = classifier.accuracy(images, labels)
+                classifier, labels = DigitClassifier(), self._digits_asked_for(samples, teacher)
+                asked = labels >= 0
+                for name, latents in (("teacher", samples.teacher), ("student", samples.student)):
+                    images = teacher.decode(latents[asked])
+                    results[f"{name}_digits_read_as_asked"] = classifier.accuracy(images, labels[asked])
                 lines.append(
                     "  digits that a classifier reads as asked: teacher"
                     f" {100 * results['teacher_digits_read_as_asked']:.1f} %, student"
@@ -86,6 +102,8 @@ class RunReport:
         self._save_results(results)
 
         call = f"class_labels={list(range(min(10, teacher.num_classes)))}" if teacher.num_classes else "batch_size=4"
+        if isinstance(teacher, GuidedDenoiser):
+            call = json.dumps(teacher.shown_prompt(0), ensure_ascii=False)
         return "\n".join(
             [
                 *lines,
@@ -98,6 +116,13 @@ class RunReport:
                 f"    images = DiffusionPipeline.from_pretrained({str(self.folder)!r})({call}).images",
             ]
         )
+
+    def _digits_asked_for(self, samples: SameSeedSamples, teacher: Denoiser) -> torch.Tensor:
+        """The digit that each sample should show, −1 for none."""
+        if not isinstance(teacher, GuidedDenoiser):
+            return samples.condition["class_labels"]
+        digits = [digit_of(teacher.shown_prompt(i)) for i in range(len(samples.student))]
+        return torch.tensor([-1 if digit is None else digit for digit in digits])
 
     def _describe_run(self, result: TrainingResult) -> dict:
         """What `results.json` holds beside the measured figures: all that the card says and `config.yaml` does not."""
@@ -112,6 +137,7 @@ class RunReport:
             "seconds": round(result.seconds, 1),
             **describe_compute(device, result.num_processes, result.device_seconds),
             "num_parameters": sum(p.numel() for p in result.student.unet.parameters()),
+            **self._describe_text(result.teacher),
             "effective_batch_size": batch,
             "num_starts_seen": result.num_starts,
             "ema_decay": config.ema_decays[-1] if config.save_ema_decay is None else config.save_ema_decay,
@@ -121,6 +147,12 @@ class RunReport:
             "versions": versions(),
         }
 
+    def _describe_text(self, teacher: Denoiser) -> dict:
+        if not isinstance(teacher, GuidedDenoiser):
+            return {}
+        shown = [teacher.shown_prompt(i) for i in range(self.config.num_validation_images)]
+        return {"num_prompts": len(teacher.prompts), "shown_prompts": shown}
+
     def _save_results(self, results: dict):
         write_text(self.folder / "results.json", json.dumps(results, indent=2) + "\n")
         write_card(self.folder)
@@ -129,7 +161,7 @@ class RunReport:
         student, teacher = result.student, result.teacher
         shown = self._shown(student, teacher)
         pictures = teacher.decode(shown.teacher), teacher.decode(shown.student)
-        save_same_seed(self.folder / "samples.png", *pictures, HEUN_STEPS, title)
+        save_same_seed(self.folder / "samples.png", *pictures, HEUN_STEPS, title, self._columns(teacher))
         self._save_trajectory(student, teacher)
         lines = self._metrics()
         if lines:
@@ -140,6 +172,13 @@ class RunReport:
         config = self.config
         n, labels = config.num_validation_images, config.validation_class_labels
         return same_seed_samples(student, teacher, n, config.eval_batch_size, config.seed, HEUN_STEPS, labels)
+
+    def _columns(self, teacher: Denoiser) -> list[str] | None:
+        """The prompts above the pictures, as long as there is room for them."""
+        if not isinstance(teacher, GuidedDenoiser):
+            return None
+        prompts = [teacher.shown_prompt(i) for i in range(self.config.num_validation_images)]
+        return [textwrap.fill(textwrap.shorten(prompt, 40, placeholder=" …"), 11) for prompt in prompts]
 
     def _save_trajectory(self, student: TrajectoryModel, teacher: Denoiser):
         device = next(student.parameters()).device

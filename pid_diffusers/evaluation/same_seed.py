@@ -23,33 +23,33 @@ class SameSeedSamples:
         student (`torch.Tensor` of shape `(B, C, H, W)`): x_θ(z, ε), one network call.
         teacher (`torch.Tensor` of shape `(B, C, H, W)`): the endpoint of the teacher's ODE.
         condition (`dict`): what both were conditioned on.
+        unit (`float`, defaults to 1.0): what a difference of 1 is of images in [−1, 1]: 2 for data in [0, 1].
     """
 
     student: torch.Tensor
     teacher: torch.Tensor
     condition: dict[str, torch.Tensor]
+    unit: float = 1.0
 
     @property
     def rms_distance(self) -> float:
         """√(mean over images and pixels of (student − teacher)²), for images in [−1, 1], or latents as they are."""
-        return (self.student - self.teacher).square().mean().sqrt().item()
+        return self.unit * (self.student - self.teacher).square().mean().sqrt().item()
 
 
 def draw_starts(
     student: TrajectoryModel, teacher: Denoiser, num_samples: int, seed: int, class_labels: list[int] | None = None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Starts z that training with `seed` never draws, `(B, C, H, W)` on the CPU, and the condition of each.
+    Starts z that training with `seed` never draws, `(B, C, H, W)` on the CPU, and what each is conditioned on: classes
+    or prompts in turn ([`Denoiser.shown_condition`]).
 
     Args:
-        class_labels (`list[int]`, *optional*): one a sample; by default the teacher's classes in turn.
+        class_labels (`list[int]`, *optional*): one a sample, instead of the teacher's classes in turn.
     """
     generator = generator_for(seed, EVALUATION_STREAM)
     z = student.scheduler.config.sigma_max * torch.randn(num_samples, *teacher.sample_shape, generator=generator)
-    if teacher.num_classes is None:
-        return z, {}
-    labels = torch.arange(num_samples) % teacher.num_classes if class_labels is None else torch.tensor(class_labels)
-    return z, {"class_labels": labels}
+    return z, teacher.shown_condition(num_samples, class_labels)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def same_seed_samples(
         batch_size (`int`, defaults to 128): how many at a time.
         seed (`int`, defaults to 0): of the starts.
         heun_steps (`int`, defaults to 40): steps of Heun's method on the grid from T to ε, two teacher calls each.
-        class_labels (`list[int]`, *optional*): one a sample; by default the teacher's classes in turn.
+        class_labels (`list[int]`, *optional*): one a sample, instead of the teacher's classes in turn.
     """
     device = next(student.parameters()).device
     z, condition = draw_starts(student, teacher, num_samples, seed, class_labels)
@@ -94,7 +94,8 @@ def same_seed_samples(
         for interval in itertools.pairwise(sigmas):
             x = heun(teacher, x, interval, **some)[-1]  # one at a time: the states between are not needed
         teachers.append(x.float().cpu())
-    return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition)
+    unit = 2 / (1 - student.scheduler.config.get("sample_min", -1.0))
+    return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition, unit)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import get_session, validate_repo_id
 
 from ..errors import InputError
-from .card import CARD_FILE, is_generated, render_card
+from .card import CARD_FILE, is_generated, lora_files, render_card
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ def push_command(folder: str | Path, repo_id: str | None = None, private: bool =
 def repository_files(folder: str | Path) -> dict[str, Path]:
     """
     What of a folder is uploaded, by its name in the repo: the pipeline's components, its card, pictures, metrics and
-    configuration; no checkpoints, no trackers' files, nothing hidden.
+    configuration; no checkpoints, no trackers' files, nothing hidden. Of a LoRA it is its own file and the scheduler,
+    since the base model has all the other components.
 
     Raises:
         InputError: if the folder holds no pipeline.
@@ -117,7 +118,9 @@ def repository_files(folder: str | Path) -> dict[str, Path]:
             f" {'holds no diffusers pipeline (' + INDEX_FILE + ')' if folder.is_dir() else 'is no folder'}; pass the"
             " output folder of a finished run."
         ) from error
-    paths = [folder / INDEX_FILE, *(folder / name for name in OTHER_FILES)]
+    lora = lora_files(folder)
+    components = ["scheduler"] if lora else components
+    paths = [folder / name for name in (*(lora or [INDEX_FILE]), *OTHER_FILES)]
     for component in components:
         found = (folder / component).rglob("*")
         paths += sorted(path for path in found if path.suffix in COMPONENT_FILES and path.stem not in NOT_WEIGHTS)

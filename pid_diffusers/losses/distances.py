@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny, VQModel
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 
@@ -96,6 +98,38 @@ class LPIPS(nn.Module):
         features = self.model.net(self.model.scaling_layer(images))
         # lpips divides by a square root, whose gradient at 0 is infinite; `normalize` clamps instead.
         return [F.normalize(feature, dim=1, eps=1e-10) for feature in features]
+
+
+class DecodedDistance(nn.Module):
+    """
+    A distance between images, of latents: both are decoded, some at a time, and decoded once more in the backward pass
+    instead of keeping what the decoder computed. `(B, C, H, W)` twice → `(B,)`.
+
+    Args:
+        distance (`nn.Module`): between images in [−1, 1].
+        vae (`AutoencoderKL`, `AutoencoderTiny` or `VQModel`): the decoder; frozen, and no submodule.
+        batch_size (`int`, defaults to 4): how many latents are decoded at a time.
+    """
+
+    def __init__(self, distance: nn.Module, vae: AutoencoderKL | AutoencoderTiny | VQModel, batch_size: int = 4):
+        super().__init__()
+        self.distance = distance
+        self.__dict__["vae"] = vae.eval().requires_grad_(False)
+        self.batch_size = batch_size
+
+    def forward(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        self.vae.to(prediction.device)
+        pairs = zip(prediction.split(self.batch_size), target.split(self.batch_size), strict=True)
+        return torch.cat([checkpoint(self._of_some, *pair, use_reentrant=False) for pair in pairs])
+
+    def _of_some(self, prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self._decode(target)
+        return self.distance(self._decode(prediction), target)
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        scaled = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return self.vae.decode(scaled, return_dict=False)[0].float()
 
 
 DISTANCES = {"l2": lambda: l2, "l1": lambda: l1, "pseudo_huber": PseudoHuber, "lpips": LPIPS}

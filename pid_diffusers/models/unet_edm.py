@@ -161,6 +161,16 @@ class Resample2D(nn.Module):
         return self.conv(sample, kernel, stride=2, padding=self.padding, groups=channels)
 
 
+def add_to_image(part: torch.Tensor, image: torch.Tensor, upsampler: Resample2D) -> torch.Tensor:
+    """What one resolution adds to the output image, `(B, C, H, W)`, plus the sum `(B, C, H/2, W/2)` of those below.
+
+    The sum is the network's output: it is computed in float32 or better, under autocast, too.
+    """
+    dtype = torch.promote_types(part.dtype, torch.float32)
+    with torch.autocast(part.device.type, enabled=False):
+        return part.to(dtype) + upsampler(image.to(dtype))
+
+
 class EDMLayer2D(nn.Module):
     """
     A residual block and, if asked for, self-attention with one head, each divided by √2 after its sum.
@@ -339,7 +349,7 @@ class EDMUpBlock2D(EDMLevel2D):
             sample = self.run(layer, torch.cat([sample, skips.pop()], dim=1), temb)
         if self.image_conv is not None:
             part = self.image_conv(F.silu(self.image_norm(sample)))
-            image = part if self.image_upsampler is None else self.image_upsampler(image) + part
+            image = part if self.image_upsampler is None else add_to_image(part, image, self.image_upsampler)
         return sample, image
 
 
@@ -603,7 +613,7 @@ class EDMUNet2DModel(TravelsWithSource, ModelMixin, ConfigMixin):
         # 5. output
         sample = self.conv_out(self.conv_act(self.conv_norm_out(sample)))
         if self.image_upsampler is not None:
-            sample = sample + self.image_upsampler(image)
+            sample = add_to_image(sample, image, self.image_upsampler).to(sample.dtype)
         return UNet2DOutput(sample=sample) if return_dict else (sample,)
 
     def _one_hot_labels(self, class_labels: torch.Tensor | None, batch_size: int) -> torch.Tensor | None:

@@ -76,10 +76,13 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
             classifier-free guidance, D = D_uncond + w (D_cond − D_uncond).
         guidance_range (`list[float]`, *optional*): the lowest and highest w, where the network is told w as an
             embedding and solves the ODE of each.
+        sample_min (`float`, defaults to -1.0): the lowest value of a pixel, -1 or 0; the highest is 1. It says how a
+            sample is shown, and changes nothing that is computed here.
 
     Raises:
         ValueError: for an unknown head, timestep type or schedule, N < 2, σ_data ≤ 0, ρ ≤ 0, unless
-            0 < σ_min < σ_max, or for a w below 0, two of them in the wrong order, or both kinds.
+            0 < σ_min < σ_max, for a w below 0, two of them in the wrong order, or both kinds, or for a lowest value
+            that is neither -1 nor 0.
 
     Source: Tee et al., Physics Informed Distillation for Diffusion Models; Karras et al. 2022 (EDM).
     """
@@ -110,6 +113,7 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
         trained_betas: list[float] | None = None,
         guidance_scale: float | None = None,
         guidance_range: list[float] | None = None,
+        sample_min: float = -1.0,
     ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type is {prediction_type!r}; choose one of {', '.join(PREDICTION_TYPES)}.")
@@ -137,6 +141,8 @@ class PIDScheduler(SchedulerMixin, ConfigMixin):
             len(guidance_range) != 2 or not 0 <= guidance_range[0] < guidance_range[1] < math.inf
         ):
             raise ValueError(f"guidance_range is {guidance_range}; pass two numbers, 0 or more, the lower one first.")
+        if sample_min not in (-1, 0):
+            raise ValueError(f"sample_min is {sample_min!r}; choose -1 or 0, the lowest value of a pixel.")
         if timestep_type == "discrete":
             self._log_sigmas = self.discrete_sigmas.log()
         self.init_noise_sigma = sigma_max

@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import importlib.util
+import json
 import math
 import os
 import sys
@@ -21,7 +23,7 @@ from ..losses.pid import SCHEMES, WEIGHTINGS
 from ..schedulers.scheduling_pid import PREDICTION_TYPES
 
 PRESETS = Path(__file__).parent.parent / "presets"
-OPTIMIZERS = ("radam", "adamw")
+OPTIMIZERS = ("radam", "adamw", "adamw_8bit")
 HUB_STRATEGIES = ("end", "every_checkpoint")
 # piecewise_constant needs step rules, which no flag gives
 LR_SCHEDULERS = tuple(s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT)
@@ -35,7 +37,10 @@ def option(default, help: str):
 class TrainingConfig:
     """The settings of a run. Flags override the preset, which overrides these defaults."""
 
-    preset: str = option("digits", "a YAML file of settings, or the name of one that comes with the package")
+    preset: str = option(
+        "digits",
+        "a YAML file of settings, or the name of one that comes with the package; default: as suits the teacher",
+    )
 
     # what is distilled into what
     teacher: str | None = option(
@@ -46,6 +51,36 @@ class TrainingConfig:
     )
     output_dir: str = option("pid-model", "folder for the pipeline, pictures, figures and checkpoints")
     seed: int = option(0, "seed of the noise, the noise levels and the classes")
+
+    # text-to-image teachers
+    prompts: str | None = option(
+        None, "prompts to train on: a text file, one a line, or a dataset (Hub id, or local parquet, csv or json)"
+    )
+    caption_column: str = option("text", "column of that dataset")
+    max_prompts: int | None = option(None, "read so many prompts at most; default: all")
+    streaming: bool = option(False, "read a dataset only as far as max_prompts")
+    guidance_scale: float | None = option(None, "w of classifier-free guidance, a part of what is distilled")
+    guidance_range: list[float] | None = field(
+        default=None,
+        metadata={"help": "lowest and highest w, instead of one: the student is told w and leaves it open"},
+    )
+    guidance_rescale: float = option(0.0, "φ of guidance rescaling, 0 for none")
+    negative_prompt: str = option("", "what guidance leads away from")
+    validation_prompts: list[str] | None = field(
+        default=None, metadata={"help": "prompts of the pictures, one an image; default: the first of eval_prompts"}
+    )
+    eval_prompts: str | None = option(
+        None, "prompts of the figures at the end of the run, as for prompts; default: those that it was trained on"
+    )
+
+    # LoRA
+    use_lora: bool = option(False, "train LoRA adapters on the teacher's own weights instead of a copy of them")
+    lora_rank: int = option(64, "rank of the adapters")
+    lora_alpha: float | None = option(None, "adapters count by lora_alpha / lora_rank; default: lora_rank")
+    lora_dropout: float = option(0.0, "dropout before the adapters")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "ends of the names of the layers that are adapted; default: all that matter"}
+    )
 
     # the trajectory function and the loss
     num_train_timesteps: int = option(250, "N, the number of grid points")
@@ -60,6 +95,10 @@ class TrainingConfig:
     distance: str = option("l2", f"distance of the residual: {', '.join(DISTANCES)}")
     huber_c: float | None = option(None, "c of pseudo_huber; default: 0.00054 √(number of pixels × channels)")
     lpips_vgg_weights: str | None = option(None, "local copy of torchvision's vgg16-397923af.pth, for lpips")
+    lpips_decoder: str | None = option(
+        None, "an AutoencoderTiny (folder or Hub id) that decodes latents for lpips; default: the teacher's VAE"
+    )
+    lpips_batch_size: int = option(4, "images that are decoded at a time for lpips in latent space")
     weighting: str | None = option(
         None,
         f"what the loss at a noise level counts: {', '.join(WEIGHTINGS)}; default: the one that suits the teacher",
@@ -141,6 +180,53 @@ class TrainingConfig:
         for name in ("hub_model_id", "hub_private_repo"):
             require(self.push_to_hub or not getattr(self, name), name, "it needs --push_to_hub, too")
         require(self.push_to_hub or self.hub_strategy == "end", "hub_strategy", "it needs --push_to_hub, too")
+        require(self.max_prompts is None or self.max_prompts >= 1, "max_prompts", "pass at least 1")
+        require(
+            not self.streaming or self.max_prompts is not None,
+            "streaming",
+            "pass --max_prompts, too: the embeddings of all prompts are computed before training",
+        )
+        scale, span = self.guidance_scale, self.guidance_range
+        require(scale is None or 0 <= scale < math.inf, "guidance_scale", "pass 0 or more; 1 is no guidance")
+        require(scale is None or span is None, "guidance_range", "pass it or guidance_scale, not both")
+        require(
+            span is None or len(span) == 2 and 0 <= span[0] < span[1] < math.inf,
+            "guidance_range",
+            "pass two numbers, 0 or more, the lower one first",
+        )
+        require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "pass a number in [0, 1]")
+        for name in ("caption_column", "max_prompts", "streaming", "guidance_scale", "guidance_range"):
+            self._needs("prompts", name)
+        for name in ("guidance_rescale", "negative_prompt", "validation_prompts", "eval_prompts"):
+            self._needs("prompts", name)
+        for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_target_modules"):
+            self._needs("use_lora", name)
+        require(
+            not self.use_lora or self.student_config is None,
+            "student_config",
+            "leave it out with --use_lora, where student and teacher share their weights",
+        )
+        require(self.lora_rank >= 1, "lora_rank", "pass at least 1")
+        require(self.lora_alpha is None or 0 < self.lora_alpha < math.inf, "lora_alpha", "pass a positive number")
+        require(0 <= self.lora_dropout < 1, "lora_dropout", "pass a number in [0, 1)")
+        require(
+            self.lora_target_modules is None or len(self.lora_target_modules) > 0,
+            "lora_target_modules",
+            "pass a name such as to_q, or leave it out",
+        )
+        self._needs("lpips", "lpips_decoder", self.distance == "lpips")
+        require(self.lpips_batch_size >= 1, "lpips_batch_size", "pass at least 1")
+        require(
+            self.validation_prompts is None or len(self.validation_prompts) == self.num_validation_images,
+            "validation_prompts",
+            f"pass one for each of the {self.num_validation_images} images of num_validation_images",
+        )
+        if self.optimizer == "adamw_8bit":
+            require(
+                importlib.util.find_spec("bitsandbytes") is not None,
+                "optimizer",
+                "it needs a package that is not installed: pip install bitsandbytes",
+            )
         if self.prediction_type is not None:
             choice("prediction_type", PREDICTION_TYPES)
         if self.weighting is not None:
@@ -190,6 +276,13 @@ class TrainingConfig:
         )
         return self
 
+    def _needs(self, other: str, name: str, given: bool | None = None):
+        """Refuses a setting that means something beside another one only."""
+        default = next(f for f in dataclasses.fields(self) if f.name == name).default
+        if getattr(self, name) != default and not (getattr(self, other) if given is None else given):
+            fix = "--distance lpips" if other == "lpips" else f"--{other}"
+            raise InputError(f"{name} is {getattr(self, name)!r}; it needs {fix}, too.")
+
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
@@ -215,8 +308,15 @@ def parse_config(args: list[str] | None = None) -> TrainingConfig:
         formatter_class=argparse.HelpFormatter,  # without the defaults, which the preset overrides
         description="Distils a diffusion model to one step with PID. What no flag says, the preset does.",
     )
-    preset = parser.parse_args(args).preset
+    given = parser.parse_args(args)
+    named = any(arg.split("=")[0] == "--preset" for arg in args)
+    preset = given.preset if named else choose_preset(given.teacher, given.use_lora, given.prompts is not None)
     settings = load_preset(preset)
+    if not named and given.teacher not in (None, settings.get("teacher")):
+        settings.pop("eval_classifier", None)  # which is of the preset's own teacher
+    for name, other in (("guidance_range", "guidance_scale"), ("guidance_scale", "guidance_range")):
+        if getattr(given, name) is not None and getattr(given, other) is None:
+            settings.pop(other, None)  # of the two ways to say it, the flag's counts
     from_preset = []
     for name, value in settings.items():
         if value is not None:
@@ -225,7 +325,36 @@ def parse_config(args: list[str] | None = None) -> TrainingConfig:
         parser.parse_args(from_preset)
     except InputError as error:
         raise InputError(f"preset {preset!r}: {error}") from error
-    return TrainingConfig(**vars(parser.parse_args([*from_preset, *args]))).validate()
+    values = vars(parser.parse_args([*from_preset, *args]))
+    return TrainingConfig(**{**values, "preset": preset}).validate()
+
+
+def choose_preset(teacher: str | None, use_lora: bool, has_prompts: bool) -> str:
+    """
+    The preset that comes with the package and suits a teacher: one that was made for it, or for its kind of pipeline,
+    as its folder or name tells; else `"digits"`.
+
+    Args:
+        teacher (`str`, *optional*), use_lora (`bool`): as in [`TrainingConfig`].
+        has_prompts (`bool`): whether it is a text-to-image run.
+    """
+    for path in sorted(PRESETS.glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if teacher is not None and settings.get("teacher") == teacher and settings.get("use_lora", False) == use_lora:
+            return path.stem
+    if teacher is None or not has_prompts:
+        return "digits"
+    try:
+        kind = json.loads((Path(teacher) / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+        scheduler = json.loads((Path(teacher) / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        is_xl, is_v = "XL" in str(kind), scheduler.get("prediction_type") == "v_prediction"
+    except (OSError, ValueError, KeyError, TypeError):  # a Hub id, or no pipeline, which is found out later
+        is_xl, is_v = "xl" in teacher.lower(), "stable-diffusion-2" in teacher.lower()
+    if use_lora:
+        name = "sdxl-lora" if is_xl else "stable-diffusion-v1-5-lora"
+    else:
+        name = "stable-diffusion-2-1" if is_v else "stable-diffusion-v1-5"
+    return name if (PRESETS / f"{name}.yaml").is_file() else "digits"
 
 
 def load_preset(name: str) -> dict:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import importlib
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import accelerate
@@ -20,7 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -28,13 +30,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..denoisers import Denoiser
+from ..adapters import fingerprint, fuse, lora_weights, save_peft_adapter
+from ..denoisers import Denoiser, GuidedDenoiser
+from ..denoisers.base import find_pipeline
 from ..errors import InputError
-from ..pipelines import OneStepPIDPipeline
-from ..precision import keep_output_in_float32
+from ..pipelines import OneStepPIDPipeline, OneStepPIDTextToImagePipeline
+from ..precision import cast_frozen, keep_output_in_float32
+from ..schedulers import PIDScheduler
 from ..trajectory import TrajectoryModel
 from . import checkpoints
-from .build import check_fit, create_loss, create_scheduler, create_student, estimate_memory
+from .build import check_fit, create_loss, create_scheduler, create_student, create_teacher, estimate_memory
 from .config import TrainingConfig
 from .noise import draw_batch
 
@@ -42,6 +47,12 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+
+OPTIMIZERS = {
+    "radam": lambda: torch.optim.RAdam,
+    "adamw": lambda: torch.optim.AdamW,
+    "adamw_8bit": lambda: importlib.import_module("bitsandbytes").optim.AdamW8bit,
+}
 
 Validate = Callable[[TrajectoryModel, Denoiser, int], dict[str, float]]
 OnCheckpoint = Callable[["TrainingResult"], None]
@@ -101,19 +112,24 @@ class Trainer:
     def __init__(self, config: TrainingConfig, teacher: str | None = None):
         self.config = config
         self.output_dir = Path(config.output_dir)
-        self.teacher = Denoiser.from_pretrained(teacher or config.teacher).eval()
+        self.source = teacher or config.teacher
+        self.checkpoint = self._check_output_dir()
+        self.accelerator = self._create_accelerator()
+        self.teacher = create_teacher(config, self.source).eval()
         self.scheduler = create_scheduler(config, self.teacher)
         self.unet = create_student(config, self.teacher)
-        self.teacher.requires_grad_(False)
+        if not config.use_lora:  # else the teacher's network is the student's, and frozen but for its adapters
+            self.teacher.requires_grad_(False)
+        # a checkpoint of adapters says nothing else of the weights that they are on
+        self.base_weights = fingerprint(self.unet) if config.use_lora else None
         self.loss = create_loss(config, self.teacher)
         self.weighting = self.loss.weighting
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
         self.bytes_per_start = check_fit(config, TrajectoryModel(self.unet, self.scheduler), self.teacher, self.loss)
-        self.checkpoint = self._check_output_dir()
-        self.accelerator = self._create_accelerator()
         self.state = self._check_checkpoint()
+        self._create_output_dir()
         self.interrupted_by = None
 
     def train(self, validate: Validate | None = None, on_checkpoint: OnCheckpoint | None = None) -> TrainingResult:
@@ -198,20 +214,32 @@ class Trainer:
         interrupted = self.interrupted_by if step < config.max_train_steps else None
         if skipped == step > 0:
             raise TrainingStopped(f"loss or gradient were not finite in any of the {step} steps; nothing was learnt.")
-        result = self._result(counters, self.exact_teacher.to(accelerator.device), interrupted)
+        student = self._ema_student()
         if interrupted is None:
-            error = self._write((lambda: self._save_pipeline(result.student)) if accelerator.is_main_process else None)
+            error = self._write((lambda: self._save_pipeline(student)) if accelerator.is_main_process else None)
             if error:
                 raise TrainingStopped(
                     f"the pipeline could not be saved to {self.output_dir} ({error}); make room, then run again with"
                     " --resume_from_checkpoint latest to save it from the last checkpoint."
                 )
         accelerator.end_training()
-        return result
+        self._free_memory()
+        return self._result(counters, student, self._exact_teacher(), interrupted)
 
-    def _result(self, counters: dict, teacher: Denoiser, interrupted_by: int | None = None) -> TrainingResult:
+    def _free_memory(self):
+        """Makes room on the device for measuring: what was trained is saved, and no longer needed there."""
+        self.optimizer, self.emas, self.student = None, {}, None
+        self.parameters = []
+        self.unet.zero_grad()
+        self.unet.to("cpu")
+        self.teacher.to("cpu")
+        self.accelerator.free_memory()
+
+    def _result(
+        self, counters: dict, student: TrajectoryModel, teacher: Denoiser, interrupted_by: int | None = None
+    ) -> TrainingResult:
         return TrainingResult(
-            student=self._ema_student(),
+            student=student.to(self.accelerator.device),
             teacher=teacher,
             steps=counters["step"],
             skipped_steps=counters["skipped_steps"],
@@ -224,6 +252,14 @@ class Trainer:
             interrupted_by=interrupted_by,
         )
 
+    def _exact_teacher(self) -> Denoiser:
+        """The teacher in float32, with weights of its own."""
+        teacher = self.exact_teacher
+        if teacher is None:
+            teacher = Denoiser.from_pretrained(self.source).eval().requires_grad_(False)
+            teacher = self.teacher.around(teacher) if isinstance(self.teacher, GuidedDenoiser) else teacher
+        return teacher.to(self.accelerator.device)
+
     def _describe(self) -> str:
         config, settings = self.config, self.scheduler.config
         then, now = self.state.get("settings", {}), self._settings()
@@ -232,12 +268,12 @@ class Trainer:
         device = self.accelerator.device
         return (
             f"Teacher {config.teacher}: {self.teacher.describe()}.\n"
-            f"Student: {millions:.2f} M parameters, head {settings.prediction_type}, noise levels"
+            f"Student: {millions:.2f} M parameters to train, head {settings.prediction_type}, noise levels"
             f" {settings.sigma_max:g} to {settings.sigma_min:g},"
-            f" {'a copy of the teacher' if config.student_config is None else 'random weights'}.\n"
+            f" {self._describe_weights()}.\n"
             f"Loss: {config.scheme}, {config.distance}, weighting {self.weighting},"
             f" N = {settings.num_train_timesteps}.\n"
-            f"Memory: {estimate_memory(config, self.unet, self.exact_teacher, self.bytes_per_start)}. On {device}"
+            f"Memory: {estimate_memory(config, self.unet, self.teacher, self.bytes_per_start)}. On {device}"
             + (f" with {torch.get_num_threads()} threads" if device.type == "cpu" else "")
             + f", {self.accelerator.num_processes} process(es), precision {self.accelerator.mixed_precision}."
             + (f"\nContinuing from {self.checkpoint}." if self.checkpoint else "")
@@ -254,10 +290,15 @@ class Trainer:
             )
         )
 
+    def _describe_weights(self) -> str:
+        if self.config.use_lora:
+            return f"LoRA of rank {self.config.lora_rank} on the teacher's own weights"
+        return "a copy of the teacher" if self.config.student_config is None else "random weights"
+
     # --- what is checked before training ---------------------------------------------------------------------------
 
     def _check_output_dir(self) -> Path | None:
-        """The checkpoint to resume from, after making sure that the folder can be written and is free, or ours."""
+        """The checkpoint to resume from, after making sure that the folder is free, or ours."""
         resume_from, folder = self.config.resume_from_checkpoint, self.output_dir
         checkpoint = checkpoints.find_checkpoint(resume_from, folder) if resume_from else None
         if os.path.isfile(folder):
@@ -273,13 +314,16 @@ class Trainer:
                 f"output_dir is {str(folder)!r}, which holds a finished model but no checkpoint to resume from; pass"
                 " another folder."
             )
+        return checkpoint
+
+    def _create_output_dir(self):
+        folder = self.output_dir
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"is there room?")
         except OSError as error:
             raise InputError(f"output_dir is {str(folder)!r}, which cannot be written ({error}).") from error
-        return checkpoint
 
     def _check_checkpoint(self) -> dict:
         """The state in the checkpoint to resume from, after making sure that it belongs to this student."""
@@ -288,6 +332,8 @@ class Trainer:
         state = json.loads((self.checkpoint / checkpoints.STATE_FILE).read_text())
         for name, mine in self._identity().items():
             theirs = state["identity"].get(name)
+            if name == "trajectory function" and theirs:  # what was no setting then is as it is by default
+                theirs = {**_public(PIDScheduler().config), **theirs}
             if mine != theirs:
                 raise InputError(
                     f"resume_from_checkpoint is {str(self.checkpoint)!r}, a run with another {name}"
@@ -298,10 +344,13 @@ class Trainer:
 
     def _identity(self) -> dict:
         """What a checkpoint must share with a run that continues it."""
-        network = {name: value for name, value in self.unet.config.items() if not name.startswith("_")}
+        config = self.config
+        lora = {"rank": config.lora_rank, "alpha": config.lora_alpha, "target_modules": config.lora_target_modules}
         identity = {
-            "network": {"class": type(self.unet).__name__, **network, "dropout": 0.0},
-            "trajectory function": {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")},
+            "network": {"class": type(self.unet).__name__, **_public(self.unet.config), "dropout": 0.0},
+            "trajectory function": _public(self.scheduler.config),
+            "LoRA": lora if config.use_lora else None,
+            "base weights": self.base_weights,
             "list of ema_decays": self.config.ema_decays,
             "optimizer": self.config.optimizer,
             "mixed_precision": self.accelerator.mixed_precision,
@@ -326,6 +375,8 @@ class Trainer:
             accelerator = Accelerator(
                 mixed_precision=config.mixed_precision,
                 log_with=None if config.report_to == "none" else config.report_to,
+                # processes wait for the one that encodes all prompts, or pushes
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=1))],
                 project_config=ProjectConfiguration(
                     project_dir=config.output_dir, logging_dir=str(self.output_dir / config.logging_dir)
                 ),
@@ -349,16 +400,19 @@ class Trainer:
     def _prepare(self):
         config, accelerator = self.config, self.accelerator
         dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-        self.exact_teacher = self.teacher
+        # The report measures against the teacher as it is, not as it is rounded here or shares its weights.
+        self.exact_teacher = None if config.use_lora else self.teacher
         if dtype != torch.float32:
-            # The report measures against the teacher as it is, not as it is rounded here; it waits on the CPU.
-            self.teacher = copy.deepcopy(self.teacher)
             keep_output_in_float32(self.unet)
-            keep_output_in_float32(self.teacher.unet, body_dtype=dtype)
+            if config.use_lora:
+                cast_frozen(self.unet, dtype)
+            else:
+                self.teacher = copy.deepcopy(self.teacher)  # the exact one waits on the CPU
+                keep_output_in_float32(self.teacher.unet, body_dtype=dtype)
         self.teacher.to(accelerator.device)
         self.loss.to(accelerator.device)
-        for module in self.unet.modules():
-            if isinstance(module, nn.Dropout):
+        for name, module in self.unet.named_modules():
+            if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
                 module.p = 0.0  # the paper's table 6
 
         self.parameters = [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
@@ -369,11 +423,15 @@ class Trainer:
             "eps": config.adam_epsilon,
             "weight_decay": config.adam_weight_decay,
         }
-        create = torch.optim.RAdam if config.optimizer == "radam" else torch.optim.AdamW
-        unet, self.optimizer = accelerator.prepare(self.unet, create(self.parameters, **options))
+        optimizer = OPTIMIZERS[config.optimizer]()(self.parameters, **options)
+        unet, self.optimizer = accelerator.prepare(self.unet, optimizer)
+        if config.use_lora:
+            accelerator.register_save_state_pre_hook(self._save_trained_weights)
+            accelerator.register_load_state_pre_hook(self._load_trained_weights)
         if config.torch_compile:
             unet.compile()
-            self.teacher.unet.compile()
+            if not config.use_lora:
+                self.teacher.unet.compile()
         self.student = TrajectoryModel(unet, self.scheduler)
         # Not prepared: accelerate would advance it once a process, and not at all in a skipped step.
         self.lr_scheduler = get_scheduler(
@@ -390,6 +448,19 @@ class Trainer:
         if self.checkpoint is not None:
             self._load_checkpoint()
 
+    def _save_trained_weights(self, models: list[nn.Module], weights: list[dict], folder: str):
+        """In place of what accelerate would save: the adapters without the weights that they are on."""
+        weights.clear()
+        if self.accelerator.is_main_process:
+            trained = dict(zip(self.parameter_names, self.parameters, strict=True))
+            save_file({name: weight.detach().contiguous() for name, weight in trained.items()}, _trained_file(folder))
+
+    def _load_trained_weights(self, models: list[nn.Module], folder: str):
+        models.clear()
+        saved = load_file(_trained_file(folder))
+        for name, parameter in zip(self.parameter_names, self.parameters, strict=True):
+            parameter.data.copy_(saved[name])
+
     def _step(self, step: int) -> tuple[float, float, bool]:
         """One optimizer step: the mean loss over all processes, the gradient's norm, and whether it was taken."""
         config, accelerator = self.config, self.accelerator
@@ -401,6 +472,8 @@ class Trainer:
                 shape, self.scheduler.config.sigma_max, config.num_train_timesteps, key, accelerator.device
             )
             condition = self.teacher.draw_condition(config.train_batch_size, generator)
+            if config.lora_dropout:
+                torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
             condition = {name: value.to(accelerator.device) for name, value in condition.items()}
             # gradients are averaged over the processes once, in the last backward pass
             last = micro_step == micro_steps - 1
@@ -447,7 +520,7 @@ class Trainer:
             logger.warning(f"the validation of step {step} could not be written: {error}")
 
     def _publish(self, on_checkpoint: OnCheckpoint, counters: dict):
-        result = self._result(counters, self.teacher)
+        result = self._result(counters, self._ema_student(), self.teacher)
         try:
             self._save_pipeline(result.student)
             on_checkpoint(result)
@@ -475,13 +548,20 @@ class Trainer:
             ema.restore(self.parameters)
 
     def _ema_student(self) -> TrajectoryModel:
-        """A student of its own with the moving average, without accelerate's wrappers."""
-        # without the place where the teacher was loaded from, a folder of this machine
-        unet = type(self.unet).from_config({k: v for k, v in self.unet.config.items() if k != "_name_or_path"})
-        unet.load_state_dict(self.unet.state_dict())
+        """A student of its own with the moving average, on the CPU, without accelerate's wrappers."""
         averages = dict(zip(self.parameter_names, self._saved_ema.shadow_params, strict=True))
-        unet.load_state_dict(averages, strict=False)
-        unet.to(self.accelerator.device).eval().requires_grad_(False)
+        if self.config.use_lora:  # on weights that are read anew, since those here may be in half precision
+            unet = create_student(self.config, Denoiser.from_pretrained(self.source))
+            if unet.load_state_dict(averages, strict=False).unexpected_keys:
+                raise RuntimeError(f"the adapters of {self.source} have other names than those that were trained")
+            self.adapter = lora_weights(unet)
+            fuse(unet)
+        else:
+            # without the place where the teacher was loaded from, a folder of this machine
+            unet = type(self.unet).from_config({k: v for k, v in self.unet.config.items() if k != "_name_or_path"})
+            unet.load_state_dict(self.unet.state_dict())
+            unet.load_state_dict(averages, strict=False)
+        unet.eval().requires_grad_(False)
         return TrajectoryModel(unet, self.scheduler)
 
     # --- what is written ---------------------------------------------------------------------------------------------
@@ -581,7 +661,18 @@ class Trainer:
         """Saves beside the place and moves in, `model_index.json` last: what was there stays whole until then."""
         partial = self.output_dir / ".pipeline.partial"
         shutil.rmtree(partial, ignore_errors=True)
-        OneStepPIDPipeline(student.unet, student.scheduler, vae=self.teacher.vae).save_pretrained(partial)
+        if isinstance(self.teacher, GuidedDenoiser):  # with the teacher's text encoders and safety checker, read anew
+            parts = {"unet": student.unet, "scheduler": student.scheduler}
+            pipeline = OneStepPIDTextToImagePipeline.from_pretrained(find_pipeline(self.source), **parts)
+            if self.config.use_lora:
+                weights, adapter = self.adapter
+                pipeline.save_lora_weights(partial, unet_lora_layers=weights, unet_lora_adapter_metadata=adapter)
+        else:
+            pipeline = OneStepPIDPipeline(student.unet, student.scheduler, vae=self.teacher.vae)
+            if self.config.use_lora:
+                partial.mkdir()
+                save_peft_adapter(*self.adapter, partial)
+        pipeline.save_pretrained(partial)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == "model_index.json"):
             checkpoints.replace(path, self.output_dir / path.name)
         partial.rmdir()
@@ -631,6 +722,14 @@ class Trainer:
         how = f"; continue with --output_dir {self.output_dir} --resume_from_checkpoint latest" if path else ""
         if self.accelerator.is_main_process:
             tqdm.write(f"{name}: stopped after step {step}, {where}{how}.")
+
+
+def _public(config: dict) -> dict:
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def _trained_file(folder: str) -> str:
+    return os.path.join(folder, "trained.safetensors")
 
 
 def _ema_file(decay: float) -> str:

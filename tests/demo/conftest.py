@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
+from text_students import save_text_student
+from tiny_text import tiny_sd
 
 from pid_diffusers import OneStepPIDPipeline, PIDScheduler
 
@@ -17,6 +19,12 @@ def folders(tiny_unet, tmp_path_factory) -> Path:
     (folder / "student" / "config.yaml").write_text(f"teacher: {folder / 'teacher'}\nseed: 0\n")
     OneStepPIDPipeline(tiny_unet(in_channels=1, out_channels=1), scheduler).save_pretrained(folder / "plain")
     return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory) -> Path:
+    """A student that is told a text."""
+    return save_text_student(tmp_path_factory.mktemp("demo-text") / "words", tiny_sd(), guidance_scale=3.0)
 
 
 @pytest.fixture(scope="session")

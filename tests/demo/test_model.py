@@ -10,7 +10,14 @@ import torch
 from diffusers import DDIMScheduler, DiTPipeline
 from tiny_latent import tiny_dit, tiny_vae
 
-from pid_diffusers import Denoiser, InputError, OneStepPIDPipeline, PIDScheduler
+from pid_diffusers import (
+    Denoiser,
+    InputError,
+    OneStepPIDPipeline,
+    OneStepPIDTextToImagePipeline,
+    PIDScheduler,
+    VEDenoiser,
+)
 from pid_diffusers.demo import DemoModel, Sample
 from pid_diffusers.demo.model import contact_sheet, to_image
 from pid_diffusers.denoisers import heun
@@ -76,6 +83,22 @@ def test_the_comparison_solves_the_teachers_equation_from_the_same_noise(model, 
     student = pipe(class_labels=4, latents=noise_of(2), output_type="latent").images
     assert comparison.rms_distance == pytest.approx((student - states[-1]).square().mean().sqrt().item(), rel=1e-4)
     assert done == pytest.approx([i / 6 for i in range(1, 7)])
+
+
+def test_data_in_0_to_1_are_shown_and_measured_as_all_other_images_are(tiny_unet, noise):
+    unet = tiny_unet(time_embedding_type="fourier")
+    teacher = VEDenoiser(unet, sigma_max=50.0)
+    pipe = OneStepPIDPipeline(unet, PIDScheduler(**teacher.trajectory_config))
+    model, sample = DemoModel(pipe, teacher), Sample(seed=2)
+    x = pipe(latents=noise_of(2), output_type="latent").images[0]
+    picture = model.generate(sample)
+    np.testing.assert_allclose(pixels(picture.image), pixels(pipe(latents=noise_of(2)).images[0]), atol=1)
+    np.testing.assert_array_equal(pixels(picture.image), pixels(to_image(teacher.decode(x[None])[0], 0.0)))
+    comparison = model.compare(sample, 4)
+    with torch.no_grad():
+        solved = heun(teacher, 50 * noise_of(2).double(), PIDScheduler(**teacher.trajectory_config).grid(5))[-1][0]
+    expected = (teacher.decode(x) - teacher.decode(solved)).square().mean().sqrt().item()
+    assert comparison.rms_distance == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_teachers_time_is_that_of_all_its_calls(model):
@@ -248,3 +271,28 @@ def test_a_student_in_latent_space_is_shown_as_images(tmp_path):
     assert len(points) == 3 and points[-1][1].size == (16, 16)
     card = render_card(tmp_path / "student")
     assert "16 × 16 colour images of 10 classes" in card
+
+
+# Text to image
+
+
+def test_a_student_that_is_told_a_text_draws_what_its_pipeline_does(text_folder):
+    model = DemoModel.load(text_folder)
+    assert model.takes_prompt and model.num_classes is None
+    pipe = OneStepPIDTextToImagePipeline.from_pretrained(text_folder)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    expected = pipe("a red fox", latents=latents).images[0]
+    image = model.generate(Sample(seed=3, prompt="a red fox")).image
+    np.testing.assert_allclose(pixels(image), pixels(expected), atol=2)
+    assert image.tobytes() != model.generate(Sample(seed=3, prompt="a dog")).image.tobytes()
+    one, two = model.grid(model.samples(2, seed=3, prompt="a red fox"))
+    np.testing.assert_allclose(pixels(one), pixels(image), atol=1)
+    assert two.tobytes() != one.tobytes()
+
+
+def test_a_student_that_is_told_a_text_is_not_compared_and_says_so(text_folder):
+    model = DemoModel.load(text_folder)
+    with pytest.raises(InputError, match="cannot be compared with its teacher here"):
+        model.compare(Sample(prompt="a red fox"))
+    with pytest.raises(InputError, match="teacher is 'digits'.*leave it out"):
+        DemoModel.load(text_folder, teacher="digits")

@@ -302,3 +302,19 @@ def test_a_missing_gradio_is_named(folders, monkeypatch):
     monkeypatch.delattr("pid_diffusers.demo.page", raising=False)
     with pytest.raises(InputError, match="the demo needs gradio; pip install"):
         launch(folders / "student")
+
+
+def test_a_prompt_is_drawn_when_it_is_entered(open_page, text_folder):
+    blocks = launch(text_folder, block=False)
+    try:
+        page = open_page(blocks.local_url)
+        before = picture(page).tobytes()
+        page.get_by_label("Prompt").fill("a red fox")
+        page.get_by_label("Prompt").press("Enter")
+        page.wait_for_selector(f'{PICTURES}[alt*="“a red fox”"]')
+        assert picture(page).tobytes() != before
+        expected = DemoModel.load(text_folder).generate(Sample(0, None, "a red fox")).image
+        assert picture(page).tobytes() == expected.tobytes()
+        assert not page.locator("#pid-compare").is_visible() and not page.locator("#pid-class").is_visible()
+    finally:
+        blocks.close(verbose=False)

@@ -112,7 +112,8 @@ def test_the_readme_has_the_metadata_of_a_space(space):
 def test_the_requirements_are_those_of_the_page(space):
     lines = (space / "requirements.txt").read_text().splitlines()
     names = {re.match(r"[\w-]+", line)[0] for line in lines}
-    assert names == {"torch", "diffusers", "accelerate", "huggingface_hub", "safetensors", "numpy", "pyyaml", "gradio"}
+    libraries = {"torch", "diffusers", "transformers", "accelerate", "huggingface_hub", "peft", "safetensors"}
+    assert names == {*libraries, "numpy", "pyyaml", "gradio"}
     assert "diffusers<0.43,>=0.42" in lines or "diffusers>=0.42,<0.43" in lines
 
 

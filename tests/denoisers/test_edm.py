@@ -110,6 +110,17 @@ def test_a_consistency_models_scheduler_is_read_as_edm_told_250_ln_sigma(tiny_un
         assert torch.allclose(teacher(x, sigma, class_labels=labels), c_skip * x + c_out * output, atol=1e-4)
 
 
+@pytest.mark.parametrize("clip", [True, False])
+@torch.no_grad()
+def test_d_is_clamped_where_a_consistency_models_scheduler_clamps(tiny_unet, noise, tmp_path, clip):
+    scheduler = CMStochasticIterativeScheduler(clip_denoised=clip)
+    ConsistencyModelPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path)
+    teacher, x = Denoiser.from_pretrained(tmp_path), 2 * noise(2, 3, 8, 8)
+    free = EDMDenoiser(tiny_unet(), timestep_type="edm_scaled")(x, 0.05)
+    assert free.abs().max() > 1
+    assert torch.equal(teacher(x, 0.05), free.clamp(-1, 1) if clip else free)
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @torch.no_grad()
 def test_euler_steps_through_d_are_those_of_diffusers_edm_schedulers(tiny_unet, noise, prediction_type):

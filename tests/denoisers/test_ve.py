@@ -74,3 +74,11 @@ def test_its_student_sees_what_the_teacher_sees_at_the_start_and_begins_near_zer
     loss.mean().backward()
     assert loss.isfinite().all()
     assert all(p.grad is None or p.grad.isfinite().all() for p in unet.parameters())
+
+
+@torch.no_grad()
+def test_its_data_lie_in_0_to_1_and_its_images_in_minus_1_to_1(unet, noise):
+    teacher, x = VEDenoiser(unet, sigma_max=50.0), noise(2, 3, 8, 8)
+    assert PIDScheduler(**teacher.trajectory_config).config.sample_min == 0
+    assert torch.equal(teacher.decode(x), 2 * x - 1)
+    assert torch.equal(EmpiricalDenoiser(x).decode(x), x)

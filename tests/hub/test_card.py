@@ -11,6 +11,7 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,8 +19,12 @@ from accelerate.state import AcceleratorState
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from text_students import save_text_student, write_results
+from tiny_text import tiny_sd, tiny_sdxl
 
-from pid_diffusers import InputError, OneStepPIDPipeline, PIDScheduler
+from pid_diffusers import Denoiser, InputError, OneStepPIDPipeline, OneStepPIDTextToImagePipeline, PIDScheduler
+from pid_diffusers.adapters import add_lora, fuse, lora_weights, save_peft_adapter
+from pid_diffusers.evaluation.digits import DigitClassifier
 from pid_diffusers.evaluation.provenance import describe_compute, teacher_card
 from pid_diffusers.evaluation.report import RunReport
 from pid_diffusers.hub.card import NOT_REPEATED, is_generated, render_card, repeat_command, write_card
@@ -49,6 +54,7 @@ def run(tiny_unet, tmp_path_factory):
         "0",
     ]
     flags += ["--logging_steps", "1", "--eval_batch_size", "10", "--report_to", "none", "--max_grad_norm", "none"]
+    flags += ["--eval_classifier", "digits"]
     AcceleratorState._reset_state(True)
     config = parse_config(flags)
     trainer = Trainer(config)
@@ -71,6 +77,60 @@ def unconditional(run, tiny_unet):
         shutil.copy(run / name, folder / name)
     change(folder, teacher=HUB_TEACHER)
     return folder
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory):
+    """The folder of a tiny run that trains a LoRA of a text-to-image model, beside its teacher."""
+    folder = tmp_path_factory.mktemp("text-machine")
+    tiny_sd().save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("a red fox\na dog\n" * 5)
+    (folder / "held-out.txt").write_text("seven\na fox\n4\n")
+    flags = ["--teacher", str(folder / "teacher"), "--prompts", str(folder / "prompts.txt"), "--use_lora"]
+    flags += ["--eval_prompts", str(folder / "held-out.txt"), "--guidance_scale", "3", "--guidance_rescale", "0.7"]
+    flags += ["--negative_prompt", "ugly, 'bad'", "--lora_rank", "2", "--lora_alpha", "1"]
+    flags += ["--preset", "digits", "--output_dir", str(folder / "pid-lora"), "--max_train_steps", "2"]
+    flags += ["--train_batch_size", "2", "--num_validation_images", "2", "--num_eval_samples", "4"]
+    AcceleratorState._reset_state(True)
+    config = parse_config([*flags, "--eval_batch_size", "4", "--report_to", "none"])
+    trainer = Trainer(config)
+    report = RunReport(config, denoiser=trainer.teacher)
+    report.finish(trainer.train())
+    AcceleratorState._reset_state(True)
+    return folder / "pid-lora"
+
+
+@pytest.fixture(scope="module")
+def text_folders(lora_run):
+    """`pid-lora` and, beside it, students of every other kind with the teachers that their cards name."""
+    folder = lora_run.parent
+    save_text_student(folder / "guided-lora", tiny_sd(), lora=True, guidance_range=[2.0, 8.0])
+    save_text_student(folder / "whole", tiny_sd("v_prediction"), guidance_scale=7.5)
+    save_text_student(folder / "guided-xl", tiny_sdxl(), guidance_range=[1.0, 9.0])
+    save_text_student(folder / "xl-lora", tiny_sdxl(), lora=True, guidance_scale=5.0)
+    write_results(folder / "xl-lora", teacher={"name": "teacher-xl", "source": "folder"})
+    tiny_sdxl().save_pretrained(folder / "teacher-xl")
+    # the LoRA of somebody else, of layers that both kinds have
+    style = add_lora(tiny_sd().unet, rank=2, target_modules=["attn1.to_q"])
+    OneStepPIDTextToImagePipeline.save_lora_weights(folder / "a-style", unet_lora_layers=lora_weights(style)[0])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pixel_lora(tmp_path_factory):
+    """A LoRA of the built-in teacher, and the pipeline that it was fused into."""
+    folder = tmp_path_factory.mktemp("pixels") / "digits-lora"
+    unet = add_lora(Denoiser.from_pretrained("digits").unet, rank=2)
+    torch.manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapter = lora_weights(unet)
+    pipe = OneStepPIDPipeline(fuse(unet), PIDScheduler(prediction_type="edm"))
+    pipe.save_pretrained(folder)
+    save_peft_adapter(*adapter, folder)
+    (folder / "results.json").write_text(json.dumps({"teacher": {"name": "digits", "source": "built-in"}}))
+    return folder, pipe
 
 
 @pytest.fixture
@@ -181,6 +241,10 @@ def test_a_folder_without_results_has_a_card(copied):
         ["--max_grad_norm", "none", "--eval_classifier", "none", "--ema_decays", "0.9", "0.99", "0.98"],
         ["--preset", "cifar10", "--teacher", "someone/teacher", "--deterministic", "false", "--adam_epsilon", "1e-9"],
         ["--preset", "imagenet64", "--teacher", "a teacher", "--split_batch", "--mixed_precision", "none"],
+        ["--prompts", "a file.txt", "--negative_prompt=-ugly, 'bad'", "--guidance_range", "2", "8", "--use_lora"],
+        ["--prompts", "ada/prompts", "--negative_prompt", "/slash", "--max_prompts", "5", "--lora_rank", "8"]
+        + ["--use_lora", "--lora_alpha", "2", "--lora_target_modules", "to_q", "to_out.0", "--guidance_scale", "3"]
+        + ["--num_validation_images", "2", "--validation_prompts", './a "fox"', "it's snowing, a dog"],
         ["--output_dir", "runs/a run", "--validation_class_labels", *map(str, range(10)), "--save_ema_decay", "none"],
     ],
 )
@@ -270,11 +334,58 @@ def test_a_folder_without_a_model_is_refused(tmp_path, copied):
         render_card(copied)
 
 
-@pytest.mark.parametrize("name", [path.name for path in sorted(ASSETS.iterdir())])
+GENERATED = [
+    path.parent.name
+    for path in sorted((ROOT / "model_cards").glob("*/README.md"))
+    if "<!-- generated by" in path.read_text()
+]
+
+
+@pytest.mark.parametrize("name", GENERATED)
 def test_a_shipped_card_is_what_its_files_give(name, tmp_path):
     folder = Path(shutil.copytree(ASSETS / name, tmp_path / name))
     shutil.copytree(ROOT / "model_cards" / name, folder, dirs_exist_ok=True)
     assert (folder / "README.md").read_text() == render_card(folder, f"pid_diffusers/assets/{name}")
+
+
+def test_the_shipped_text_to_image_teacher_is_described_as_one():
+    card = ModelCard.load(ROOT / "model_cards" / "words-teacher" / "README.md")
+    results = json.loads((ASSETS / "words-teacher" / "results.json").read_text())
+    assert (card.data.pipeline_tag, card.data.license) == ("text-to-image", "apache-2.0")
+    assert {"text-to-image", "stable-diffusion"} <= set(card.data.tags)
+    figure = card.data.eval_results[0]
+    assert (figure.task_type, figure.metric_value) == ("text-to-image", results["digits_read_as_asked"])
+    assert figure.dataset_args == {"num_samples": 600, "seed": 1} and "not seen in training" in figure.metric_name
+    names = ("digits_read_as_asked_unguided", "held_out_real_digits_read", "autoencoder_digits_read_held_out")
+    assert all(f"| {100 * results[name]:.1f} % |" in card.text for name in names)
+    expected = ["16 × 16 colour images", "120 that training", "800 steps of 64", "3,500 steps of 64", results["data"]]
+    assert all(text in card.text for text in [*expected, results["command"], results["limits"]])
+    assert "**Time**" not in card.text
+    for text in ("More Information", "TODO", "{{", "}}", "{%", "None", "undefined", "class_labels", "\n\n\n"):
+        assert text not in card.text.split("## Citation")[0], text
+    recipe = words(blocks(card.text, "bash")[0])[3:]
+    assert recipe[:4] == ["--preset", "words", "--teacher", "pid_diffusers/assets/words-teacher"]
+    assert parse_config(recipe).guidance_scale == results["guidance_scale"]
+
+
+def test_the_code_in_the_card_of_the_text_to_image_teacher_draws_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = shipped_code("words-teacher")
+    found = {}
+    torch.manual_seed(0)
+    exec(code, found)
+    assert (tmp_path / "image.png").is_file()
+    image = torch.tensor(np.array(found["images"][0])).permute(2, 0, 1)[None] / 127.5 - 1
+    assert 'pipe("a handwritten seven"' in code
+    assert DigitClassifier().accuracy(image, torch.tensor([7])) == 1
+
+
+@pytest.mark.parametrize("kept", [{}, {"digits_read_as_asked": 0.9, "seconds": 3.0}])
+def test_a_text_to_image_model_without_such_figures_is_refused(tmp_path, kept):
+    tiny_sd().save_pretrained(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps(kept))
+    with pytest.raises(InputError, match="neither a student nor a teacher in EDM form .*by hand"):
+        render_card(tmp_path)
 
 
 def test_the_teachers_example_writes_a_card_with_its_figures(tiny_unet, tmp_path):
@@ -294,10 +405,130 @@ def test_the_teachers_example_writes_a_card_with_its_figures(tiny_unet, tmp_path
     assert (tmp_path / "samples.png").is_file()
 
 
-@pytest.mark.parametrize("which", ["run", "unconditional", "mid-run", "shipped"])
+# Text-to-image students, and LoRA
+
+TEXT_MODELS = ("pid-lora", "guided-lora", "xl-lora", "whole", "guided-xl")
+
+
+def test_a_lora_run_writes_the_card_of_its_folder(lora_run):
+    card = (lora_run / "README.md").read_text()
+    assert card == render_card(lora_run)
+    data = ModelCard(card).data
+    assert data.pipeline_tag == "text-to-image"
+    assert {"text-to-image", "stable-diffusion", "lora"} <= set(data.tags)
+    assert [image["text"] for image in data.widget] == ["seven, a fox"] * 2
+    assert data.base_model is None and str(lora_run.parent) not in card
+
+
+def test_the_card_of_a_lora_tells_its_recipe(lora_run):
+    card = (lora_run / "README.md").read_text()
+    expected = ["rank 2, α = 1", "`to_q`", "| prompts | 10 of `prompts.txt` |", "w = 3, away from `ugly, 'bad'`"]
+    expected += ["rescaled by φ = 0.7", "Negative prompts have no effect here", "first 12 tokens"]
+    expected += ["16 × 16 colour images from a text", "16 × 16 pixels and no other size"]
+    for text in expected:
+        assert text in card, text
+    command = words(blocks(card, "bash")[-1])
+    recorded = yaml.safe_load((lora_run / "config.yaml").read_text())
+    repeated = settings(command[3:])
+    assert repeated == {name: recorded[name] for name in repeated}
+
+
+def test_digits_are_read_from_prompts_that_training_does_not_see_and_both_sides_are_named(lora_run):
+    results, card = json.loads((lora_run / "results.json").read_text()), (lora_run / "README.md").read_text()
+    theirs, ours = (100 * results[f"{side}_digits_read_as_asked"] for side in ("teacher", "student"))
+    assert f"reads as the prompt asks | {ours:.1f} % (the teacher's: {theirs:.1f} %)" in card
+    assert "(seed 0, the prompts of `held-out.txt` in turn)" in card and "leave out 360" in card
+    figures = ModelCard(card).data.eval_results
+    assert {figure.task_type for figure in figures} == {"text-to-image"}
+    assert [figure.metric_value for figure in figures if figure.metric_type == "accuracy"] == [ours / 100]
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_a_base_model_on_the_hub_is_finetuned_or_adapted(text_folders, name, tmp_path):
+    folder = Path(shutil.copytree(text_folders / name, tmp_path / name))
+    change(folder, teacher=HUB_TEACHER)
+    card = ModelCard(render_card(folder, f"ada/{name}"))
+    lora = "lora" in name
+    assert card.data.base_model == "someone/teacher"
+    assert card.data.base_model_relation == ("adapter" if lora else "finetune")
+    assert ("lora" in card.data.tags) == lora
+    assert ("stable-diffusion-xl" in card.data.tags) == ("xl" in name) != ("stable-diffusion" in card.data.tags)
+    assert ('from_pretrained("someone/teacher"' in card.text) == lora
+    assert (f'load_lora_weights("ada/{name}"' in card.text) == lora
+
+
+@pytest.mark.parametrize("name", TEXT_MODELS)
+def test_nothing_is_left_to_fill_in_of_a_text_to_image_card(text_folders, name):
+    card = render_card(text_folders / name)
+    for text in ("More Information", "TODO", "{{", "}}", "{%", "None", "none,", "undefined", "class_labels", "\n\n\n"):
+        assert text not in card.split("## Citation")[0], text
+
+
+def test_guidance_is_fixed_or_a_range_to_choose_from(text_folders):
+    fixed, chosen = (render_card(text_folders / name) for name in ("whole", "guided-xl"))
+    assert "Classifier-free guidance of strength w = 7.5 is part of what it has learnt" in fixed
+    assert 'pipe("a red fox", guidance_scale=9)` chooses' in chosen and "from 1 to 9; left out it is\n5." in chosen
+    assert "w drawn from 1 to 9 for each start" in chosen and "the guidance that it has learnt" not in chosen
+
+
+def test_a_student_that_is_told_a_text_has_a_card_without_a_run(text_folders, tmp_path):
+    folder = Path(shutil.copytree(text_folders / "whole", tmp_path / "whole"))
+    (folder / "config.yaml").unlink()
+    (folder / "results.json").unlink()
+    card = render_card(folder)
+    assert "## Training" not in card and 'pipe("a red fox in the snow")' in card
+
+
+def test_a_lora_of_nobody_knows_what_has_no_card(text_folders, tmp_path):
+    folder = Path(shutil.copytree(text_folders / "xl-lora", tmp_path / "xl-lora"))
+    (folder / "config.yaml").unlink()
+    (folder / "results.json").unlink()
+    with pytest.raises(InputError, match="says of which model"):
+        render_card(folder)
+
+
+def test_a_lora_that_cannot_be_read_is_named(text_folders, tmp_path):
+    folder = Path(shutil.copytree(text_folders / "xl-lora", tmp_path / "xl-lora"))
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"half")
+    with pytest.raises(InputError, match="pytorch_lora_weights.safetensors cannot be read"):
+        render_card(folder)
+
+
+def test_the_code_in_a_text_to_image_card_runs(text_folders):
+    snippets = [code for name in TEXT_MODELS for code in blocks(render_card(text_folders / name), "python")]
+    assert len(snippets) == 3 * 4 + 2 * 3
+    execute(sys.executable, [code for code in snippets if uses_package(code)], text_folders)
+
+
+def test_the_code_in_a_text_to_image_card_that_is_without_the_package_runs_without_it(
+    text_folders, python_without_package
+):
+    snippets = [code for name in TEXT_MODELS for code in blocks(render_card(text_folders / name), "python")]
+    snippets = [code for code in snippets if not uses_package(code)]
+    assert len(snippets) == 5 and all("trust_remote_code" in code for code in snippets)
+    execute(python_without_package, snippets, text_folders)
+
+
+def test_a_lora_for_pixels_loads_as_its_card_says(pixel_lora, noise, monkeypatch):
+    folder, pipe = pixel_lora
+    monkeypatch.chdir(folder.parent)
+    card = ModelCard(render_card(folder))
+    assert "lora" in card.data.tags and "`digits` teacher" in card.text
+    codes = blocks(card.text, "python")
+    assert len(codes) == 2
+    for code in codes:
+        found = {}
+        exec(code, found)
+        settings = {"class_labels": [3, 4], "latents": noise(2, 1, 8, 8), "output_type": "pt"}
+        assert torch.allclose(found["pipe"](**settings).images, pipe(**settings).images, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["run", "unconditional", "mid-run", *GENERATED, *TEXT_MODELS])
 def test_the_hub_accepts_the_metadata(hub, request, run, which):
-    if which == "shipped":
-        card = (ROOT / "model_cards" / "digits-teacher" / "README.md").read_text()
+    if which in GENERATED:
+        card = (ROOT / "model_cards" / which / "README.md").read_text()
+    elif which in TEXT_MODELS:
+        card = render_card(request.getfixturevalue("text_folders") / which)
     else:
         card = render_card(run.parent / which if which == "mid-run" else request.getfixturevalue(which))
     # what ModelCard.validate sends; the client's own endpoint is fixed when it is imported
@@ -305,6 +536,16 @@ def test_the_hub_accepts_the_metadata(hub, request, run, which):
     query = urllib.request.Request(f"{hub.endpoint}/api/validate-yaml", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(query) as response:
         assert json.load(response) == {"errors": [], "warnings": []}
+
+
+def shipped_code(name: str) -> str:
+    """The first code of a shipped card, which runs outside a clone, too."""
+    card = (ROOT / "model_cards" / name / "README.md").read_text()
+    return blocks(card, "python")[0].replace("pid_diffusers/assets", str(ASSETS))
+
+
+def uses_package(code: str) -> bool:
+    return re.search(r"^(import|from) pid_diffusers", code, re.MULTILINE) is not None
 
 
 def execute(python: str, snippets: list[str], folder: Path):
@@ -325,6 +566,5 @@ def test_the_code_without_the_package_runs_without_it(run, unconditional, python
     snippets = [code for folder in (run, unconditional) for code in blocks(render_card(folder), "python")]
     snippets = [code for code in snippets if "pid_diffusers" not in code]
     assert len(snippets) == 2 and all("trust_remote_code" in code for code in snippets)
-    shipped = (ROOT / "model_cards" / "digits-teacher" / "README.md").read_text()
-    teacher = blocks(shipped, "python")[0].replace("pid_diffusers/assets", str(ASSETS))
-    execute(python_without_package, [*snippets, teacher], run.parent)
+    teachers = [shipped_code(name) for name in ("digits-teacher", "words-teacher")]
+    execute(python_without_package, [*snippets, *teachers], run.parent)

@@ -10,13 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from huggingface_hub import HfApi
 from loading_cells import digest
+from text_students import save_text_student, write_results
+from tiny_text import tiny_sd, tiny_sdxl
+from transformers import CLIPConfig, CLIPImageProcessor
 
-from pid_diffusers import InputError, OneStepPIDPipeline
+from pid_diffusers import InputError, OneStepPIDPipeline, OneStepPIDTextToImagePipeline
 from pid_diffusers.evaluation.report import RunReport
-from pid_diffusers.hub.card import render_card
+from pid_diffusers.hub.card import render_card, write_card
 from pid_diffusers.hub.publish import Publisher
 from pid_diffusers.hub.push import PushFailed, push, push_command, repository_files
 from pid_diffusers.training import Trainer, TrainingConfig
@@ -155,6 +160,118 @@ def test_a_pushed_student_loads_and_makes_the_same_images(run, hub, api, python_
         settings = {"env": environment(hub, tmp_path / package), "cwd": tmp_path, "input": json.dumps(job)}
         subprocess.run([python, str(CELLS)], **settings, text=True, check=True)
         assert json.loads(results.read_text())["pushed"].get("digest") == expected, results.read_text()
+
+
+LORA = {"README.md", "pipeline.py", "config.yaml", "results.json", "pytorch_lora_weights.safetensors"}
+LORA |= {"scheduler/pid_diffusers.py", "scheduler/scheduler_config.json"}
+
+
+@pytest.fixture(scope="module", params=["fixed, SD", "range, SD", "fixed, SDXL"])
+def lora_run(request, tmp_path_factory):
+    """The folders of a LoRA, with what a run leaves there, and of its base model, which its files name ada/base."""
+    guidance, kind = request.param.split(", ")
+    guidance = {"guidance_scale": 3.0} if guidance == "fixed" else {"guidance_range": [2.0, 8.0]}
+    create = tiny_sd if kind == "SD" else tiny_sdxl
+    folder = tmp_path_factory.mktemp("lora-machine")
+    create().save_pretrained(folder / "base")
+    save_text_student(folder / "pid-lora", create(), lora=True, **guidance)
+    write_results(folder / "pid-lora", teacher={"name": "ada/base", "source": "hub"})
+    write_card(folder / "pid-lora")
+    for name in ("checkpoint-3/model.safetensors", "checkpoint-3/optimizer.bin", "logs/events", "prompts.txt"):
+        (folder / "pid-lora" / name).parent.mkdir(exist_ok=True)
+        (folder / "pid-lora" / name).write_bytes(b"not for others")
+    return folder / "pid-lora", folder / "base"
+
+
+def of_text(pipe, latents, **settings):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe("a red fox", latents=latents, output_type="latent", **settings).images
+
+
+def test_of_a_lora_its_file_and_scheduler_are_uploaded_and_not_the_network(lora_run, hub, api):
+    folder, _ = lora_run
+    push(folder, api=api)
+    assert uploaded(hub, "ada/pid-lora") == LORA
+    card = hub.repos["ada/pid-lora"].files["README.md"].decode()
+    assert "base_model: ada/base\n" in card and "base_model_relation: adapter\n" in card
+    assert 'load_lora_weights("ada/pid-lora")' in card
+    for name, data in hub.repos["ada/pid-lora"].files.items():
+        assert str(folder.parent).encode() not in data, name
+
+
+def test_a_pushed_lora_makes_the_images_of_the_folder(lora_run, hub, api, noise):
+    folder, base = lora_run
+    push(folder, api=api)
+    api.create_repo("ada/base")
+    api.upload_folder(repo_id="ada/base", folder_path=base)
+    images = []
+    for model, lora in (("ada/base", "ada/pid-lora"), (base, folder)):
+        pipe = OneStepPIDTextToImagePipeline.from_pretrained(model)
+        pipe.load_lora_weights(lora)
+        images.append(of_text(pipe, noise(1, 4, 8, 8)))
+    assert torch.equal(*images)
+    fused = of_text(OneStepPIDTextToImagePipeline.from_pretrained(folder), noise(1, 4, 8, 8))
+    assert (images[0] - fused).abs().max() < 1e-4 * fused.abs().max()
+
+
+@pytest.mark.slow
+def test_a_pushed_lora_makes_the_same_images_without_the_package(
+    lora_run, hub, api, noise, python_without_package, tmp_path
+):
+    folder, base = lora_run
+    push(folder, api=api)
+    api.create_repo("ada/base")
+    api.upload_folder(repo_id="ada/base", folder_path=base)
+    card = hub.repos["ada/pid-lora"].files["README.md"].decode()
+    code = next(c for c in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "get_class_from_dynamic_module" in c)
+    pipe = OneStepPIDTextToImagePipeline.from_pretrained(base)
+    pipe.load_lora_weights(folder)
+    expected = of_text(pipe, noise(1, 4, 8, 8))
+    torch.save(noise(1, 4, 8, 8), tmp_path / "noise.pt")
+    plain = "guidance_scale=0" in code
+    assert plain == (pipe.scheduler.config.guidance_range is None)
+    settings = "num_inference_steps=1, guidance_scale=0" if plain else ""
+    code += f"""
+import torch
+images = pipe("a red fox", latents=torch.load("noise.pt"), output_type="latent", {settings}).images
+torch.save(images, "images.pt")
+"""
+    settings = {"env": environment(hub, tmp_path), "cwd": tmp_path, "capture_output": True, "text": True}
+    result = subprocess.run([python_without_package, "-c", code], **settings)
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "images.pt"), expected)
+
+
+def test_of_a_whole_text_to_image_student_every_part_is_uploaded(hub, api, tmp_path):
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, projection_dim=4)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    teacher = tiny_sd()
+    teacher.register_modules(
+        safety_checker=StableDiffusionSafetyChecker(config), feature_extractor=CLIPImageProcessor(**size)
+    )
+    folder = save_text_student(tmp_path / "whole", teacher, guidance_scale=3.0)
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    (folder / "prompts.txt").write_text("not for others")
+    (folder / "embeddings").mkdir()
+    (folder / "embeddings" / "0.safetensors").write_bytes(b"not for others")
+    write_card(folder)
+    push(folder, api=api)
+    assert uploaded(hub, "ada/whole") == files | {"README.md"}
+    parts = {name.split("/")[0] for name in files if "/" in name}
+    assert parts == {*("vae", "text_encoder", "tokenizer", "unet", "scheduler", "safety_checker", "feature_extractor")}
+    pipe = OneStepPIDTextToImagePipeline.from_pretrained("ada/whole")
+    assert pipe.safety_checker is not None and len(pipe("a red fox").nsfw_content_detected) == 1
+
+
+def test_a_lora_in_the_format_of_peft_is_uploaded_with_its_configuration(run, tmp_path):
+    folder = Path(shutil.copytree(run, tmp_path / "pid-lora"))
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert PIPELINE <= repository_files(folder).keys()  # half of it is no LoRA
+        (folder / name).write_text("{}")
+    names = set(repository_files(folder))
+    assert {"adapter_model.safetensors", "adapter_config.json", "scheduler/scheduler_config.json"} <= names
+    assert not [name for name in names if name.startswith("unet/") or name == "model_index.json"]
 
 
 # 2. What can go wrong

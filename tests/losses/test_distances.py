@@ -2,12 +2,14 @@ import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
+from tiny_latent import create, tiny_vae, tiny_vq
 from torchvision.models import vgg
 
 from pid_diffusers import InputError
 from pid_diffusers.losses import LPIPS, PseudoHuber, l1, l2
-from pid_diffusers.losses.distances import get_distance
+from pid_diffusers.losses.distances import DecodedDistance, get_distance
 
 
 def test_l2_is_the_mean_square_of_each_sample(noise):
@@ -240,3 +242,73 @@ def test_without_weights_and_network_the_message_says_what_to_pass(tmp_path, mon
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="--lpips_vgg_weights.*--distance l2"):
         LPIPS()
+
+
+# distances between decoded latents
+
+
+class Perceptual(torch.nn.Module):
+    """A distance with weights of its own, between images of 3 channels."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.features = torch.nn.Conv2d(3, 8, 3)
+        self.requires_grad_(False)
+
+    def forward(self, prediction, target):
+        return l2(self.features(prediction).tanh(), self.features(target).tanh())
+
+
+def tiny_decoder():
+    shape = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    return create(AutoencoderTiny, **shape, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1))
+
+
+@pytest.mark.parametrize(("vae", "channels"), [(tiny_vae, 4), (tiny_vq, 3), (tiny_decoder, 4)])
+def test_a_decoded_distance_and_its_gradient_are_those_of_decoded_images(vae, channels, noise):
+    vae, distance = vae().requires_grad_(False), Perceptual()
+    p, q = noise(5, channels, 8, 8).requires_grad_(), noise(5, channels, 8, 8, seed=1).requires_grad_()
+
+    def decode(latents):
+        return vae.decode(latents / vae.config.scaling_factor).sample
+
+    expected = distance(decode(p), decode(q.detach()))
+    weights = torch.arange(1.0, 6.0)
+    (gradient,) = torch.autograd.grad((weights * expected).sum(), p)
+    for batch_size in (1, 2, 5, 8):
+        decoded = DecodedDistance(distance, vae, batch_size)
+        value = decoded(p, q)
+        assert value.shape == (5,)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
+        p.grad = None
+        (weights * value).sum().backward()
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+        assert q.grad is None
+    with torch.no_grad():
+        torch.testing.assert_close(decoded(p, q), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_decoder_is_used_some_latents_at_a_time_and_once_more_in_the_backward_pass(noise):
+    vae, sizes = tiny_vae(), []
+    vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    value = DecodedDistance(Perceptual(), vae, 2)(noise(5, 4, 8, 8).requires_grad_(), noise(5, 4, 8, 8, seed=1))
+    assert sizes == [2, 2, 2, 2, 1, 1]  # target and prediction
+    value.sum().backward()
+    assert sorted(sizes[6:]) == [1, 1, 2, 2, 2, 2]
+
+
+def test_a_decoder_is_frozen_and_no_part_of_the_loss():
+    vae = tiny_vae().train()
+    decoded = DecodedDistance(Perceptual(), vae)
+    assert not vae.training and not any(p.requires_grad for p in vae.parameters())
+    assert {id(p) for p in vae.parameters()}.isdisjoint({id(p) for p in decoded.parameters()})
+
+
+def test_a_decoder_in_half_precision_gives_a_float32_distance(noise):
+    vae = tiny_vae().to(torch.bfloat16)
+    p = noise(2, 4, 8, 8).requires_grad_()
+    value = DecodedDistance(Perceptual(), vae)(p, noise(2, 4, 8, 8, seed=1))
+    value.sum().backward()
+    assert value.dtype == p.grad.dtype == torch.float32 and p.grad.isfinite().all()

@@ -1,5 +1,6 @@
 """EDM's networks in diffusers' form, against the outputs of the networks whose weights they take."""
 
+import copy
 import hashlib
 import json
 import math
@@ -425,6 +426,27 @@ def test_the_body_may_be_half_and_the_output_float32(name):
         output = network(sample.bfloat16(), timestep, **condition).sample
     assert (output.dtype, network.dtype) == (torch.float32, torch.bfloat16)
     assert distance(output, expected["network_output"]) < 0.06
+
+
+def test_the_parts_of_the_output_are_float32_where_every_resolution_adds_one():
+    network = shaken(EDMUNet2DModel(**SMALL, decoder_type="skip")).eval()
+    sample, labels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+    with torch.no_grad():
+        exact = network(sample, 0.3, labels).sample
+        half = keep_output_in_float32(copy.deepcopy(network), body_dtype=torch.bfloat16)
+        parts = []
+        for block in half.up_blocks[:-1]:
+            block.image_conv.register_forward_hook(lambda module, inputs, output: parts.append(output.dtype))
+        outputs = [half(sample.bfloat16(), 0.3, labels).sample]
+        half = keep_output_in_float32(network)
+        for block in half.up_blocks[:-1]:
+            block.image_conv.register_forward_hook(lambda module, inputs, output: parts.append(output.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(half(sample, 0.3, labels).sample)
+    assert parts == [torch.float32] * 2  # one resolution below the highest, in two calls
+    for output in outputs:
+        assert output.dtype == torch.float32 and not torch.equal(output, output.bfloat16().float())
+        assert distance(output, exact) < 0.06
 
 
 def test_fourier_frequencies_are_never_rounded_to_half_precision(tmp_path):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging as diffusers_logging
 
-from pid_diffusers import OneStepPIDPipeline, PIDScheduler, TrajectoryModel
+from pid_diffusers import EDMUNet2DModel, OneStepPIDPipeline, PIDScheduler, TrajectoryModel
 
 
 @pytest.fixture
@@ -276,6 +277,65 @@ def test_the_pipeline_can_be_cast(pipe, noise):
     image = pipe.to(torch.bfloat16)(latents=noise(1, 3, 8, 8), output_type="pt").images
     assert pipe.unet.dtype == torch.bfloat16
     assert image.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 0.003), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("embedding", ["positional", "fourier", "edm positional", "edm fourier"])
+def test_a_pipeline_cast_to_half_precision_is_told_the_noise_level_exactly(
+    tiny_unet, noise, tmp_path, embedding, dtype, tolerance
+):
+    if embedding.startswith("edm"):
+        torch.manual_seed(0)
+        config = {"embedding_type": embedding.split()[1], "decoder_type": "skip", "resample_filter": (1, 3, 3, 1)}
+        network = EDMUNet2DModel(8, model_channels=16, channel_mult=(1, 2), num_blocks=1, **config).eval()
+        for parameter in network.parameters():  # the output's are near 0 at first
+            parameter.data.add_(0.1 * torch.randn(parameter.shape))
+    else:
+        network = tiny_unet(time_embedding_type=embedding)
+    config = {"sigma_max": 1348.0} | ({"timestep_type": "sigma"} if embedding == "fourier" else {})
+    settings = {"latents": noise(4, 3, 8, 8), "sigmas": [100.0, 1.0, 0.01], "output_type": "latent"}
+    pipe = create(network, **config)
+    pipe.save_pretrained(tmp_path)
+    expected = pipe(**settings).images
+    loaded = OneStepPIDPipeline.from_pretrained(tmp_path).to(dtype)
+    assert loaded.unet.dtype == dtype
+    assert (loaded(**settings).images - expected).norm() < tolerance * expected.norm()
+
+
+def test_frequencies_that_loading_has_rounded_are_warned_of(tiny_unet, tmp_path, caplog):
+    create(tiny_unet(time_embedding_type="fourier"), timestep_type="sigma").save_pretrained(tmp_path)
+    create(tiny_unet()).save_pretrained(tmp_path / "positional")
+    diffusers_logging.enable_propagation()
+    try:
+        OneStepPIDPipeline.from_pretrained(tmp_path).to(torch.bfloat16)
+        OneStepPIDPipeline.from_pretrained(tmp_path / "positional", dtype=torch.bfloat16)
+        assert "frequencies" not in caplog.text
+        OneStepPIDPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert "load the pipeline in float32 and call pipe.to(torch.bfloat16)" in caplog.text.lower()
+    finally:
+        diffusers_logging.disable_propagation()
+
+
+def test_a_student_of_data_in_0_to_1_is_shown_in_its_own_range(tiny_unet, noise):
+    settings = {"latents": noise(2, 3, 8, 8), "sigmas": [80.0, 1.0, 0.002]}
+    pipe = create(tiny_unet(), sample_min=0.0)
+    x = pipe(**settings, output_type="latent").images
+    assert x.min() < 0 and x.max() > 1
+    assert close(pipe(**settings, output_type="pt").images, x.clamp(0, 1))
+    assert np.allclose(pipe(**settings, output_type="np").images, x.clamp(0, 1).permute(0, 2, 3, 1), atol=1e-6)
+    image = np.asarray(pipe(**settings).images[2])
+    assert np.abs(image - 255 * x[2].clamp(0, 1).permute(1, 2, 0).numpy()).max() <= 0.51
+    assert torch.equal(x, create(tiny_unet())(**settings, output_type="latent").images)  # how it is shown, no more
+
+
+def test_a_scheduler_that_knows_no_range_has_that_of_all_other_images(tiny_unet, noise, tmp_path):
+    pipe, settings = create(tiny_unet()), {"latents": noise(1, 3, 8, 8), "output_type": "pt"}
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    assert config.pop("sample_min") == -1
+    path.write_text(json.dumps(config))
+    assert close(OneStepPIDPipeline.from_pretrained(tmp_path)(**settings).images, pipe(**settings).images)
 
 
 @pytest.mark.parametrize("loader", [DiffusionPipeline, OneStepPIDPipeline])

@@ -315,6 +315,7 @@ def test_add_noise_adds_each_timesteps_noise_level(noise):
         ("sigma_max", [0.002, 0.001, -80.0, float("inf"), float("nan")]),
         ("sigma_data", [0, -0.5, float("inf"), float("nan")]),
         ("rho", [0, -7.0, float("inf"), float("nan")]),
+        ("sample_min", [-0.5, 1, float("nan")]),
         ("prediction_type", ["x0", "", None]),
         ("timestep_type", ["linear", "", None]),
     ],
@@ -323,3 +324,43 @@ def test_an_invalid_argument_is_named(name, values):
     for value in values:
         with pytest.raises(ValueError, match=f"{name} is {value!r}"):
             PIDScheduler(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance_scale": 3.0, "guidance_range": [2, 9]}, "both passed; pass one of them"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; pass a finite number of at least 0"),
+        ({"guidance_scale": math.nan}, "guidance_scale is nan"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
+        ({"guidance_range": [9, 2]}, "the lower one first"),
+        ({"guidance_range": [2, 2]}, "the lower one first"),
+        ({"guidance_range": [2]}, "pass two numbers"),
+        ({"guidance_range": [-1, 2]}, "0 or more"),
+        ({"guidance_range": [2, math.inf]}, "pass two numbers"),
+    ],
+)
+def test_a_guidance_that_cannot_be_is_a_value_error(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PIDScheduler(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"guidance_scale": 0.0}, {"guidance_scale": 7.5}, {"guidance_range": [2.0, 9.0]}]
+)
+def test_guidance_is_saved_and_changes_nothing_that_is_computed(settings, tmp_path, noise):
+    PIDScheduler(**settings).save_pretrained(tmp_path)
+    scheduler, plain = PIDScheduler.from_pretrained(tmp_path), PIDScheduler()
+    assert {name: scheduler.config[name] for name in settings} == settings
+    z, output = 80 * noise(2, 3, 4, 4), noise(2, 3, 4, 4, seed=1)
+    assert torch.equal(scheduler.trajectory(output, z, 1.0)[0], plain.trajectory(output, z, 1.0)[0])
+
+
+@pytest.mark.parametrize("dim", [32, 256])
+def test_the_embedding_of_w_is_that_of_latent_consistency_models(dim):
+    scale = torch.tensor([0.0, 1.0, 1.25, 7.5, 14.0])
+    phases = 1000 * (scale.double() - 1)[:, None] * 10_000 ** -(torch.arange(dim // 2).double() / (dim // 2 - 1))
+    embedding = PIDScheduler.guidance_embedding(scale, dim)
+    assert embedding.shape == (5, dim) and embedding.dtype == torch.float32
+    torch.testing.assert_close(embedding.double(), torch.cat([phases.sin(), phases.cos()], 1), rtol=0, atol=2e-3)
+    assert torch.equal(PIDScheduler.guidance_embedding(scale.to(torch.float16), dim), embedding)

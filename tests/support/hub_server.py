@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: the part of its HTTP protocol that model repositories need.
+"""A Hugging Face Hub on this machine: the part of its HTTP protocol that repositories of models and datasets need.
 
     with HubServer() as hub:
         api = HfApi(endpoint=hub.endpoint, token=hub.token)
@@ -6,9 +6,9 @@
         api.upload_folder(repo_id="ada/teacher", folder_path=folder)
         hub.repos["ada/teacher"].files["model_index.json"]
 
-Repositories live in memory, with every revision. The client is the real one; what it can see differs from the real Hub
-in three points: a large file is downloaded from the Hub's own address instead of a redirect to another one, there are
-no pull requests, and no Xet storage.
+Repositories live in memory, with every revision; a dataset is in `hub.repos["datasets/ada/prompts"]`. The client is
+the real one; what it can see differs from the real Hub in three points: a large file is downloaded from the Hub's own
+address instead of a redirect to another one, there are no pull requests, and no Xet storage.
 """
 
 import base64
@@ -207,7 +207,7 @@ class Commit:
 
 
 class Repo:
-    """A model repository. Like the Hub's, it begins with a commit of `.gitattributes`.
+    """A repository. Like the Hub's, it begins with a commit of `.gitattributes`.
 
     A test may put one of another user's into `HubServer.repos`, and fill it with `commit`.
     """
@@ -412,7 +412,8 @@ class Answer:
 
 
 # Patterns of the paths, as they are sent: a slash in a revision is sent as %2F.
-_REPO = r"(?P<repo>[^/]+(?:/[^/]+)?)"
+_REPO = r"(?P<repo>(?:datasets/)?[^/]+(?:/[^/]+)?)"
+_API = rf"/api/(?:models/|(?=datasets/)){_REPO}"
 _REVISION = r"(?P<revision>[^/]+)"
 _PATH = r"(?P<path>.+)"
 _ROUTES: list[tuple[str, re.Pattern, str]] = []
@@ -498,7 +499,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _repo(self, repo_id: str, write: bool = False) -> Repo:
         repo = self.hub.repos.get(repo_id)
-        is_own = repo_id.startswith(f"{self.hub.user}/")
+        is_own = repo_id.removeprefix("datasets/").startswith(f"{self.hub.user}/")
         if not self._is_user() and (write or repo is None or repo.private):
             # Strangers are not told what exists. The Hub sends no code, from which the client concludes the same, but
             # only over HTTPS.
@@ -538,19 +539,21 @@ class _Handler(BaseHTTPRequestHandler):
         namespace = request.get("organization") or self.hub.user
         if namespace != self.hub.user:
             raise HubError(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
-        if request.get("type", "model") != "model":
-            raise HubError(501, "This Hub has models only.")
+        kind = request.get("type", "model")
+        if kind not in ("model", "dataset"):
+            raise HubError(501, "This Hub has models and datasets only.")
         repo_id = f"{namespace}/{request['name']}"
-        answer = {"url": f"{self.hub.endpoint}/{repo_id}", "name": repo_id}
+        path = repo_id if kind == "model" else f"datasets/{repo_id}"
+        answer = {"url": f"{self.hub.endpoint}/{path}", "name": repo_id}
         with self.hub.lock:
-            if repo_id in self.hub.repos:
-                return self._json({"error": "You already created this model repo", **answer}, 409)
+            if path in self.hub.repos:
+                return self._json({"error": f"You already created this {kind} repo", **answer}, 409)
             # the second is the spelling of huggingface_hub before 2.0
             private = request.get("visibility") == "private" or request.get("private", False)
-            self.hub.repos[repo_id] = Repo(repo_id, private)
+            self.hub.repos[path] = Repo(repo_id, private)
         return answer
 
-    @_route("POST", f"/api/models/{_REPO}/preupload/{_REVISION}")
+    @_route("POST", f"{_API}/preupload/{_REVISION}")
     def _preupload(self, repo, revision):
         repo = self._repo(repo, write=True)
         tree = repo.at(revision).tree
@@ -595,7 +598,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise HubError(404, f"LFS object {item['oid']} is not there")
         return {}
 
-    @_route("POST", f"/api/models/{_REPO}/commit/{_REVISION}")
+    @_route("POST", f"{_API}/commit/{_REVISION}")
     def _commit(self, repo, revision):
         repo = self._repo(repo, write=True)
         if "create_pr" in self.query:
@@ -629,13 +632,13 @@ class _Handler(BaseHTTPRequestHandler):
             "commitUrl": f"{self.hub.endpoint}/{repo.id}/commit/{commit.sha}",
         }
 
-    @_route("GET", f"/api/models/{_REPO}/refs")
+    @_route("GET", f"{_API}/refs")
     def _refs(self, repo):
         refs = self._repo(repo).refs.items()
         branches = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit.sha} for name, commit in refs]
         return {"branches": branches, "converts": [], "tags": []}
 
-    @_route("GET", f"/api/models/{_REPO}/tree/{_REVISION}(?:/{_PATH})?")
+    @_route("GET", f"{_API}/tree/{_REVISION}(?:/{_PATH})?")
     def _tree(self, repo, revision, path):
         commit = self._repo(repo).at(revision)
         prefix = f"{path}/" if path else ""
@@ -646,7 +649,7 @@ class _Handler(BaseHTTPRequestHandler):
         is_recursive = self.query.get("recursive") == ["true"]
         return [entry for entry in entries if is_recursive or "/" not in entry["path"][len(prefix) :]]
 
-    @_route("POST", f"/api/models/{_REPO}/paths-info/{_REVISION}")
+    @_route("POST", f"{_API}/paths-info/{_REVISION}")
     def _paths_info(self, repo, revision):
         form = parse_qs(self.body.decode())
         entries = self._entries(self._repo(repo).at(revision), form.get("expand") == ["true"])
@@ -670,8 +673,8 @@ class _Handler(BaseHTTPRequestHandler):
                 entries[path]["lfs"] = lfs
         return list(entries.values())
 
-    @_route("GET", f"/api/models/{_REPO}/revision/{_REVISION}")
-    @_route("GET", f"/api/models/{_REPO}")
+    @_route("GET", f"{_API}/revision/{_REVISION}")
+    @_route("GET", f"{_API}")
     def _info(self, repo, revision="main"):
         repo = self._repo(repo)
         commit = repo.at(revision)

@@ -44,9 +44,9 @@ def test_booleans_are_flags_and_can_be_turned_off():
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_is_valid(path):
     settings = yaml.safe_load(path.read_text())
-    config = parse_config(["--preset", path.stem, "--teacher", "digits"])
+    config = parse_config(["--preset", path.stem, "--teacher", "digits", "--prompts", "prompts.txt"])
     for name, value in settings.items():
-        if name != "teacher":
+        if name not in ("teacher", "prompts"):
             assert getattr(config, name) == value
 
 
@@ -82,6 +82,34 @@ def test_the_paper_presets_carry_table_6():
         (["--seed", "-1"], "seed is -1"),
         (["--scheme", "central", "--num_train_timesteps", "2"], "num_train_timesteps is 2; the central scheme"),
         (["--learning_rate", "nan"], "learning_rate is nan"),
+        (["--guidance_scale", "3"], "guidance_scale is 3.0; it needs --prompts, too"),
+        (["--guidance_range", "2", "9"], r"guidance_range is \[2.0, 9.0\]; it needs --prompts, too"),
+        (["--caption_column", "caption"], "caption_column is 'caption'; it needs --prompts, too"),
+        (["--validation_prompts", *"0123456789"], "validation_prompts is .*; it needs --prompts, too"),
+        (["--negative_prompt", "grey"], "negative_prompt is 'grey'; it needs --prompts, too"),
+        (["--eval_prompts", "e.txt"], "eval_prompts is 'e.txt'; it needs --prompts, too"),
+        (
+            ["--prompts", "p", "--guidance_scale", "3", "--guidance_range", "2", "9"],
+            "pass it or guidance_scale, not both",
+        ),
+        (["--prompts", "p", "--guidance_scale", "-1"], "guidance_scale is -1.0; pass 0 or more"),
+        (["--prompts", "p", "--guidance_scale", "inf"], "guidance_scale is inf; pass 0 or more"),
+        (["--prompts", "p", "--guidance_range", "9", "2"], "pass two numbers, 0 or more, the lower one first"),
+        (["--prompts", "p", "--guidance_range", "2"], "pass two numbers, 0 or more, the lower one first"),
+        (["--prompts", "p", "--guidance_rescale", "1.5"], r"guidance_rescale is 1.5; pass a number in \[0, 1\]"),
+        (["--prompts", "p", "--streaming"], "streaming is True; pass --max_prompts, too"),
+        (["--prompts", "p", "--max_prompts", "0"], "max_prompts is 0; pass at least 1"),
+        (["--prompts", "p", "--validation_prompts", "a"], "validation_prompts is .*; pass one for each of the"),
+        (["--lora_rank", "8"], "lora_rank is 8; it needs --use_lora, too"),
+        (["--lora_alpha", "8"], "lora_alpha is 8.0; it needs --use_lora, too"),
+        (["--lora_dropout", "0.1"], "lora_dropout is 0.1; it needs --use_lora, too"),
+        (["--lora_target_modules", "to_q"], r"lora_target_modules is \['to_q'\]; it needs --use_lora, too"),
+        (["--use_lora", "--lora_rank", "0"], "lora_rank is 0; pass at least 1"),
+        (["--use_lora", "--lora_alpha", "0"], "lora_alpha is 0.0; pass a positive number"),
+        (["--use_lora", "--lora_dropout", "1"], r"lora_dropout is 1.0; pass a number in \[0, 1\)"),
+        (["--use_lora", "--student_config", "c.json"], "student_config is 'c.json'; leave it out with --use_lora"),
+        (["--lpips_decoder", "taesd"], "lpips_decoder is 'taesd'; it needs --distance lpips, too"),
+        (["--distance", "lpips", "--lpips_batch_size", "0"], "lpips_batch_size is 0; pass at least 1"),
     ],
 )
 def test_bad_flags_are_answered_in_one_sentence(args, message):
@@ -116,3 +144,12 @@ def test_every_setting_has_a_help_text():
 def test_the_default_preset_leaves_head_and_weighting_to_the_teachers_family():
     config = parse_config(["--teacher", "somebody/ddpm"])
     assert config.prediction_type is None and config.weighting is None
+
+
+def test_of_two_ways_to_say_w_the_flags_counts_and_not_the_presets(tmp_path):
+    (tmp_path / "fixed.yaml").write_text("teacher: x\nprompts: p\nguidance_scale: 7.5\n")
+    (tmp_path / "range.yaml").write_text("teacher: x\nprompts: p\nguidance_range: [2, 9]\n")
+    one = parse_config(["--preset", str(tmp_path / "fixed.yaml"), "--guidance_range", "3", "5"])
+    assert (one.guidance_scale, one.guidance_range) == (None, [3.0, 5.0])
+    other = parse_config(["--preset", str(tmp_path / "range.yaml"), "--guidance_scale", "4"])
+    assert (other.guidance_scale, other.guidance_range) == (4.0, None)

@@ -487,8 +487,9 @@ def test_optimizer_settings_that_change_at_a_resume_take_effect(settings, capsys
         TrainingConfig(**settings, resume_from_checkpoint="latest", adam_weight_decay=0.5, adam_beta1=0.5).validate()
     )
     trainer.train()
-    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.5
-    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.999)
+    newest = list_checkpoints(Path(settings["output_dir"]))[-1]
+    (group,) = torch.load(newest / "optimizer.bin")["param_groups"]
+    assert group["weight_decay"] == 0.5 and group["betas"] == (0.5, 0.999)
     assert "adam_weight_decay (0.0 → 0.5)" in capsys.readouterr().out
 
 
