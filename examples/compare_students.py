@@ -1,8 +1,8 @@
 """Draws students of one text-to-image teacher beside it, all from the same seeds and prompts.
 
-    accelerate launch train_pid.py --teacher words
-    accelerate launch train_pid.py --teacher words --use_lora
-    python examples/compare_students.py pid-words pid-words-lora --output docs/words.png
+accelerate launch train_pid.py --teacher words
+accelerate launch train_pid.py --teacher words --use_lora
+python examples/compare_students.py pid-words pid-words-lora --output docs/words.png
 """
 
 import argparse
