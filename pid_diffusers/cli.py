@@ -1,10 +1,12 @@
 """The command `pid-diffusers`: each of its verbs is a thin call of the library."""
 
 import argparse
+import dataclasses
 import logging
 import sys
 
 from . import InputError, __version__
+from .evaluation.config import METRICS, EvaluationConfig
 
 
 def main(args: list[str] | None = None) -> int:
@@ -48,6 +50,34 @@ def main(args: list[str] | None = None) -> int:
     verb.add_argument("--space", metavar="FOLDER", help="write a Hugging Face Space there instead of opening the page")
     verb.set_defaults(run=_demo)
 
+    verb = verbs.add_parser("evaluate", help="measure a pipeline's samples: FID, KID, precision, recall and others")
+    verb.add_argument("model", help="any pipeline: a folder, a Hub id, digits-student, or digits-teacher")
+    verb.add_argument(
+        "--reference",
+        required=True,
+        help="a folder of images, a data set, EDM's or ADM's .npz, or features that --save_reference wrote",
+    )
+    for setting in dataclasses.fields(EvaluationConfig):
+        if "help" in setting.metadata:
+            kind = next((kind for kind in (int, float) if kind.__name__ in str(setting.type)), str)
+            default = "" if setting.default is None else f" (default: {setting.default})"
+            help_text = setting.metadata["help"] + default
+            verb.add_argument(f"--{setting.name}", type=kind, default=setting.default, help=help_text)
+    verb.set_defaults(run=_evaluate)
+
+    verb = verbs.add_parser("diagnose", help="measure how near a student is to its teacher's ODE, without data")
+    verb.add_argument(
+        "model", metavar="RUN", help="an output folder of train_pid.py, another student, a Hub id, or digits-student"
+    )
+    verb.add_argument("--teacher", help="as for train_pid.py; default: as the run's config.yaml says")
+    verb.add_argument("--prompts", help="of a text-to-image student; default: those the run was evaluated with")
+    verb.add_argument("--num_samples", type=int, default=512, help="how many starts (default: 512)")
+    verb.add_argument("--seed", type=int, help="of the starts; default: the run's own, of which training draws others")
+    verb.add_argument("--batch_size", type=int, default=128, help="starts in a call of a network (default: 128)")
+    verb.add_argument("--data", help="digits, or a folder with the training images, to see whether they are copied")
+    verb.add_argument("--output", default="diagnostics.json", help="the file to write (default: diagnostics.json)")
+    verb.set_defaults(run=_diagnose)
+
     options = parser.parse_args(args)
     try:
         return options.run(options)
@@ -89,6 +119,48 @@ def _demo(options: argparse.Namespace) -> int:
         print(f"    hf upload USER/{folder.resolve().name} {folder} . --repo-type space")
         return 0
     launch(options.model, options.teacher, host=options.host, port=options.port, share=options.share)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from accelerate import PartialState
+
+    from .evaluation.evaluate import evaluate
+    from .training.launch import adapt_to_launcher
+
+    adapt_to_launcher()
+    names = [setting.name for setting in dataclasses.fields(EvaluationConfig)]
+    config = EvaluationConfig(**{name: getattr(options, name) for name in names})
+    results = evaluate(config)
+    PartialState().destroy_process_group()
+    if results is None:  # the first process reports
+        return 0
+    for name in METRICS:
+        value = results[name]
+        print(f"  {name:16}", results["reasons"][name] if value is None else f"{value:.6g}")
+    print(f"Saved in {config.output}")
+    return 0
+
+
+def _diagnose(options: argparse.Namespace) -> int:
+    from .evaluation.diagnostics import check_output, diagnose, open_data, open_run, save, summarize
+
+    check_output(options.output)
+    with open_run(options.model, options.teacher, options.prompts, options.num_samples) as (student, teacher, config):
+        results = diagnose(
+            student,
+            teacher,
+            options.num_samples,
+            options.batch_size,
+            config.seed if options.seed is None else options.seed,
+            config.scheme,
+            None if options.data is None else open_data(options.data, teacher),
+            lambda part: print(f"Measuring: {part} …", file=sys.stderr, flush=True),
+        )
+        save(results, options.output, options.model, config.teacher)
+    print(f"{options.model}, distilled from {config.teacher}:")
+    print(summarize(results))
+    print(f"Saved in {options.output}")
     return 0
 
 

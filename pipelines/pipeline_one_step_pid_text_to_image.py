@@ -71,8 +71,8 @@ class OneStepPIDTextToImagePipeline(
         unet ([`UNet2DConditionModel`]): the distilled network F_θ, or the teacher's, for a LoRA.
         scheduler ([`PIDScheduler`]): makes the trajectory function x_θ(z, σ) of the UNet. A teacher's own scheduler
             is replaced by `load_lora_weights`.
-        safety_checker ([`StableDiffusionSafetyChecker`], *optional*), feature_extractor
-            ([`~transformers.CLIPImageProcessor`], *optional*): the teacher's, where it has them.
+        safety_checker ([`StableDiffusionSafetyChecker`] or `None`), feature_extractor
+            ([`~transformers.CLIPImageProcessor`] or `None`): the teacher's, where it has them.
         text_encoder_2 ([`~transformers.CLIPTextModelWithProjection`], *optional*), tokenizer_2
             ([`~transformers.CLIPTokenizer`], *optional*): Stable Diffusion XL's.
         requires_safety_checker (`bool`, defaults to `True`), force_zeros_for_empty_prompt (`bool`, defaults to
@@ -100,8 +100,8 @@ class OneStepPIDTextToImagePipeline(
         tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: SchedulerMixin,
-        safety_checker: StableDiffusionSafetyChecker | None = None,
-        feature_extractor: CLIPImageProcessor | None = None,
+        safety_checker: StableDiffusionSafetyChecker | None,  # no default: diffusers would take it for no component
+        feature_extractor: CLIPImageProcessor | None,
         text_encoder_2: CLIPTextModelWithProjection | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
         requires_safety_checker: bool = True,

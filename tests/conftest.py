@@ -12,8 +12,13 @@ from hub_server import HubServer
 
 from pid_diffusers import Denoiser
 
-# The networks here are too small for more, and threads that wait for each other get in the way of other processes.
-torch.set_num_threads(1)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks here are too small for more, threads that wait for each other get in the way of other processes,
+    and the number of threads decides the last bits of sums."""
+    torch.set_num_threads(1)
+
 
 # With hf_xet installed, uploads would leave the protocol that HubServer speaks. The environment variable is read
 # when the client is imported, which was above.

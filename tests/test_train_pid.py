@@ -25,7 +25,7 @@ def arguments(tiny_unet, tmp_path_factory):
     return [
         *("--teacher", str(folder), "--max_train_steps", "60", "--train_batch_size", "4"),
         *("--checkpointing_steps", "3", "--checkpoints_total_limit", "2", "--validation_steps", "20"),
-        *("--num_eval_samples", "8", "--logging_steps", "1", "--report_to", "none"),
+        *("--num_eval_samples", "8", "--eval_classifier", "digits", "--logging_steps", "1", "--report_to", "none"),
     ]
 
 
@@ -79,6 +79,7 @@ def test_the_printed_lines_generate_ten_images(straight):
     assert subprocess.check_output([sys.executable, "-c", script], text=True).split("\n")[-2] == "10 (8, 8)"
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(arguments, straight, tmp_path):
     folder, moments = tmp_path / "killed", random.Random(0)
     for step in (6, 21, 45):
@@ -98,7 +99,10 @@ def test_a_run_killed_at_any_moment_resumes_to_the_same_bits(arguments, straight
     assert (folder / "metrics.jsonl").read_text().count("\n") == 60
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM to the launcher", "SIGTERM to the group"])
+RARE = [pytest.param(f"SIGTERM to the {receiver}", marks=pytest.mark.slow) for receiver in ("launcher", "group")]
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", *RARE])
 def test_ending_the_launcher_leaves_a_checkpoint(arguments, tmp_path, how):
     folder = tmp_path / "ended"
     process = start(command(ACCELERATE, [*arguments, "--max_train_steps", "100000"], folder))

@@ -192,6 +192,12 @@ def load_pipeline(teacher: str | Path) -> DiffusionPipeline:
     # a DiT in pixel space has no VAE, which diffusers wants to hear
     without = {"vae": None} if index.get("vae") == [None, None] else {}
     if "safety_checker" in index:
+        for part in ("safety_checker", "feature_extractor"):  # the student's pipeline gets them when it is saved
+            if (index.get(part) or [None])[0] is not None and not (folder / part).is_dir():
+                raise InputError(
+                    f"teacher is {str(teacher)!r}, whose {part} is missing; put that folder there, or write"
+                    f' "{part}": [null, null] into its model_index.json.'
+                )
         without |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         return DiffusionPipeline.from_pretrained(folder, **without)

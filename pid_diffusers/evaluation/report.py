@@ -14,6 +14,7 @@ from ..training import TrainingConfig, TrainingResult
 from ..training.checkpoints import write_text
 from ..training.loop import METRICS_FILE
 from ..trajectory import TrajectoryModel
+from .diagnostics import validation_figures
 from .digits import DigitClassifier, digit_of
 from .figures import save_loss_curve, save_same_seed, save_trajectory
 from .provenance import describe_compute, describe_teacher, teacher_card, versions
@@ -49,13 +50,18 @@ class RunReport:
         self.teacher_card = teacher_card(teacher or config.teacher)  # read now, not after days without a network
 
     def validate(self, student: TrajectoryModel, teacher: Denoiser, step: int) -> dict[str, float]:
-        """Saves `validation/step-….png` and returns the rms distance on the seeds it shows."""
+        """Saves `validation/step-….png` and returns the rms distance on the seeds it shows, its distribution over them
+        and the residual of the ODE there ([`validation_figures`])."""
         samples = self._shown(student, teacher)
         title = f"step {step}: rms distance {samples.rms_distance:.3f}"
         path = self.folder / "validation" / f"step-{step:07d}.png"
         pictures = teacher.decode(samples.teacher), teacher.decode(samples.student)
         save_same_seed(path, *pictures, HEUN_STEPS, title, self._columns(teacher))
-        return {"rms_distance": samples.rms_distance}
+        config = self.config
+        n, labels = config.num_validation_images, config.validation_class_labels
+        z, _ = draw_starts(student, teacher, n, config.seed, labels)
+        figures = validation_figures(student, teacher, samples, z, config.scheme, config.eval_batch_size)
+        return {"rms_distance": samples.rms_distance, **figures}
 
     def checkpoint(self, result: TrainingResult):
         """Saves the pictures, a `results.json` without figures and the model card of a run that goes on.
@@ -66,7 +72,22 @@ class RunReport:
         self._save_results(self._describe_run(result))
 
     def finish(self, result: TrainingResult) -> str:
-        """Saves the pictures, `results.json` and the model card, and returns what to print."""
+        """Saves the pictures, `results.json` and the model card, and returns what to print. Without the pictures and
+        figures where student and teacher do not fit on the device in float32."""
+        try:
+            return self._finish(result)
+        except torch.OutOfMemoryError:
+            self._save_results(self._describe_run(result))
+            return (
+                f"Distilled {self.config.teacher} to one step in {result.steps} steps, {result.seconds:.0f} s. The"
+                " pictures and figures are missing, since student and teacher do not fit on the device in float32."
+                f"\nSaved in {self.folder}: the pipeline, results.json, README.md."
+            )
+
+    def _finish(self, result: TrainingResult) -> str:
+        device = AcceleratorState().device
+        result.student.to(device)
+        result.teacher.to(device)
         config, student, teacher = self.config, result.student, result.teacher
         self._save_pictures(result, "teacher and student from the same seeds")
         results = self._describe_run(result)
@@ -126,7 +147,7 @@ class RunReport:
 
     def _describe_run(self, result: TrainingResult) -> dict:
         """What `results.json` holds beside the measured figures: all that the card says and `config.yaml` does not."""
-        config, device = self.config, next(result.student.parameters()).device
+        config, device = self.config, AcceleratorState().device
         batch = config.train_batch_size * config.gradient_accumulation_steps * result.num_processes
         before = self.folder / "results.json"
         if result.trained_steps == 0 and before.exists():  # a finished run once more: it was trained as it was

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,11 @@ class SameSeedSamples:
         """√(mean over images and pixels of (student − teacher)²), for images in [−1, 1], or latents as they are."""
         return self.unit * (self.student - self.teacher).square().mean().sqrt().item()
 
+    @property
+    def rms_distances(self) -> torch.Tensor:
+        """The same of every sample by itself, `(B,)` in float64."""
+        return self.unit * (self.student.double() - self.teacher.double()).square().flatten(1).mean(dim=1).sqrt()
+
 
 def draw_starts(
     student: TrajectoryModel, teacher: Denoiser, num_samples: int, seed: int, class_labels: list[int] | None = None
@@ -50,6 +56,28 @@ def draw_starts(
     generator = generator_for(seed, EVALUATION_STREAM)
     z = student.scheduler.config.sigma_max * torch.randn(num_samples, *teacher.sample_shape, generator=generator)
     return z, teacher.shown_condition(num_samples, class_labels)
+
+
+def batches(
+    z: torch.Tensor, condition: dict[str, torch.Tensor], batch_size: int, device: torch.device
+) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """Starts and conditions, `batch_size` rows at a time, on a device."""
+    for i in range(0, len(z), batch_size):
+        yield z[i : i + batch_size].to(device), {k: v[i : i + batch_size].to(device) for k, v in condition.items()}
+
+
+def value_unit(student: TrajectoryModel) -> float:
+    """What a difference of 1 is of images in [−1, 1]: 2 for data in [0, 1]."""
+    return 2 / (1 - student.scheduler.config.get("sample_min", -1.0))
+
+
+@torch.no_grad()
+def solve(solver: Callable, teacher: Denoiser, z: torch.Tensor, sigmas: torch.Tensor, **condition) -> torch.Tensor:
+    """The endpoint of a solver, such as [`heun`], on the grid `sigmas`, in the widest type; no state is kept."""
+    x = z.to(widest_float(z.device))
+    for interval in itertools.pairwise(sigmas.tolist()):
+        x = solver(teacher, x, interval, **condition)[-1]
+    return x
 
 
 @torch.no_grad()
@@ -84,18 +112,12 @@ def same_seed_samples(
     """
     device = next(student.parameters()).device
     z, condition = draw_starts(student, teacher, num_samples, seed, class_labels)
-    sigmas = student.scheduler.grid(heun_steps + 1).tolist()
+    sigmas = student.scheduler.grid(heun_steps + 1)
     students, teachers = [], []
-    for i in range(0, num_samples, batch_size):
-        batch = z[i : i + batch_size].to(device)
-        some = {name: value[i : i + batch_size].to(device) for name, value in condition.items()}
+    for batch, some in batches(z, condition, batch_size, device):
         students.append(student(batch, student.scheduler.config.sigma_min, **some).cpu())
-        x = batch.to(widest_float(device))
-        for interval in itertools.pairwise(sigmas):
-            x = heun(teacher, x, interval, **some)[-1]  # one at a time: the states between are not needed
-        teachers.append(x.float().cpu())
-    unit = 2 / (1 - student.scheduler.config.get("sample_min", -1.0))
-    return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition, unit)
+        teachers.append(solve(heun, teacher, batch, sigmas, **some).float().cpu())
+    return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition, value_unit(student))
 
 
 @torch.no_grad()

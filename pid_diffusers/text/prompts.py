@@ -152,7 +152,7 @@ def _errors_in_a_sentence(prompts: str, split: str):
             raise InputError(f"prompts is {prompts!r}, which is empty; pass one with a prompt at least.") from error
         if re.match("Unknown split|Bad split|Split name", reason):
             raise InputError(
-                f"split is {split!r}, which {prompts!r} does not have ({reason}); pass one that it has."
+                f"dataset_split is {split!r}, which {prompts!r} does not have ({reason}); pass one that it has."
             ) from error
         if os.path.exists(prompts):
             raise InputError(

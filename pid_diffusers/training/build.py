@@ -92,9 +92,12 @@ def create_teacher(config: TrainingConfig, source: str | None = None) -> Denoise
             f"prompts is missing; the teacher is a {type(pipeline).__name__}: pass --prompts with a text file, one"
             " prompt a line, or a dataset."
         )
-    prompts = load_prompts(config.prompts, config.caption_column, config.max_prompts, config.streaming)
-    shown = prompts if config.eval_prompts is None else load_prompts(config.eval_prompts, config.caption_column)
-    shown = [*(config.validation_prompts or []), *shown[: max(config.num_eval_samples, config.num_validation_images)]]
+    column, split = config.caption_column, config.dataset_split
+    prompts = shown = load_prompts(config.prompts, column, config.max_prompts, config.streaming, split)
+    enough = max(config.num_eval_samples, config.num_validation_images)
+    if config.eval_prompts is not None:
+        shown = load_prompts(config.eval_prompts, column, enough, config.streaming, split)
+    shown = [*(config.validation_prompts or []), *shown[:enough]]
     encoder = PromptEncoder(pipeline)
     state = PartialState()
     with state.main_process_first():  # the others read what it has written

@@ -57,6 +57,7 @@ class TrainingConfig:
         None, "prompts to train on: a text file, one a line, or a dataset (Hub id, or local parquet, csv or json)"
     )
     caption_column: str = option("text", "column of that dataset")
+    dataset_split: str = option("train", "split of that dataset")
     max_prompts: int | None = option(None, "read so many prompts at most; default: all")
     streaming: bool = option(False, "read a dataset only as far as max_prompts")
     guidance_scale: float | None = option(None, "w of classifier-free guidance, a part of what is distilled")
@@ -195,7 +196,14 @@ class TrainingConfig:
             "pass two numbers, 0 or more, the lower one first",
         )
         require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "pass a number in [0, 1]")
-        for name in ("caption_column", "max_prompts", "streaming", "guidance_scale", "guidance_range"):
+        for name in (
+            "caption_column",
+            "dataset_split",
+            "max_prompts",
+            "streaming",
+            "guidance_scale",
+            "guidance_range",
+        ):
             self._needs("prompts", name)
         for name in ("guidance_rescale", "negative_prompt", "validation_prompts", "eval_prompts"):
             self._needs("prompts", name)
@@ -326,6 +334,8 @@ def parse_config(args: list[str] | None = None) -> TrainingConfig:
     except InputError as error:
         raise InputError(f"preset {preset!r}: {error}") from error
     values = vars(parser.parse_args([*from_preset, *args]))
+    if values["validation_prompts"] and not any(arg.split("=")[0] == "--num_validation_images" for arg in args):
+        values["num_validation_images"] = len(values["validation_prompts"])
     return TrainingConfig(**{**values, "preset": preset}).validate()
 
 

@@ -12,10 +12,11 @@ import torch
 
 def adapt_to_launcher():
     """
-    Gives a lone CPU process its cores back, and lets it end in order when its launcher is ended.
+    Gives a lone process its cores back, and lets it end in order when its launcher is ended.
 
-    `accelerate launch` sets OMP_NUM_THREADS to 1 on a machine without a GPU unless it is told a number, and does not
-    pass SIGTERM on to the one process that it starts. A number of threads that the user gave is respected.
+    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it is told a number, and does not pass SIGTERM on to the one
+    process that it starts. Beside a GPU the cores count, too: a loss is evaluated on them before training. A number of
+    threads that the user gave is respected.
     """
     try:
         launcher = psutil.Process().parent()
@@ -29,7 +30,7 @@ def adapt_to_launcher():
     told = "OMP_NUM_THREADS" in environment or any(
         argument.replace("-", "_").startswith("__num_cpu_threads_per_process") for argument in arguments
     )
-    if not told and not torch.cuda.is_available():
+    if not told:
         torch.set_num_threads(_usable_cores())
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # have the kernel send a signal when the parent ends

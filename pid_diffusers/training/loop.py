@@ -68,7 +68,8 @@ class TrainingResult:
 
     Attributes:
         student (`TrajectoryModel`): with the moving average of the weights that is saved; not under DDP or autocast.
-        teacher (`Denoiser`): in float32; before the end, in the type that training runs it in.
+        teacher (`Denoiser`): in float32 and, like the student, on the CPU; before the end both are on the device, and
+            the teacher in the type that training runs it in.
         steps (`int`): optimizer steps done, skipped ones counted in.
         skipped_steps (`int`): steps without an update, since loss or gradient were not finite.
         seconds (`float`): time in training, validation and checkpoints left out, earlier parts of the run counted in.
@@ -228,7 +229,8 @@ class Trainer:
 
     def _free_memory(self):
         """Makes room on the device for measuring: what was trained is saved, and no longer needed there."""
-        self.optimizer, self.emas, self.student = None, {}, None
+        # the schedule holds the optimizer, whose state is twice as large as the weights
+        self.optimizer, self.lr_scheduler, self.emas, self.student = None, None, {}, None
         self.parameters = []
         self.unet.zero_grad()
         self.unet.to("cpu")
@@ -239,7 +241,7 @@ class Trainer:
         self, counters: dict, student: TrajectoryModel, teacher: Denoiser, interrupted_by: int | None = None
     ) -> TrainingResult:
         return TrainingResult(
-            student=student.to(self.accelerator.device),
+            student=student,
             teacher=teacher,
             steps=counters["step"],
             skipped_steps=counters["skipped_steps"],
@@ -253,12 +255,12 @@ class Trainer:
         )
 
     def _exact_teacher(self) -> Denoiser:
-        """The teacher in float32, with weights of its own."""
+        """The teacher in float32, with weights of its own, on the CPU."""
         teacher = self.exact_teacher
         if teacher is None:
             teacher = Denoiser.from_pretrained(self.source).eval().requires_grad_(False)
             teacher = self.teacher.around(teacher) if isinstance(self.teacher, GuidedDenoiser) else teacher
-        return teacher.to(self.accelerator.device)
+        return teacher.to("cpu")
 
     def _describe(self) -> str:
         config, settings = self.config, self.scheduler.config
@@ -520,7 +522,7 @@ class Trainer:
             logger.warning(f"the validation of step {step} could not be written: {error}")
 
     def _publish(self, on_checkpoint: OnCheckpoint, counters: dict):
-        result = self._result(counters, self._ema_student(), self.teacher)
+        result = self._result(counters, self._ema_student().to(self.accelerator.device), self.teacher)
         try:
             self._save_pipeline(result.student)
             on_checkpoint(result)

@@ -14,7 +14,8 @@ from pid_diffusers.converters import open_teacher
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("name", ["ddpmpp_cond", pytest.param("ncsnpp_uncond", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddpmpp_cond", "ncsnpp_uncond"])
 def test_an_edm_pickle_is_distilled_from_the_command_line(write_edm_pickle, tmp_path, name):
     write_edm_pickle(tmp_path / "network-snapshot.pkl", name)
     command = [

@@ -3,6 +3,8 @@
 import copy
 import functools
 import gc
+import json
+import shutil
 
 import pytest
 import torch
@@ -253,6 +255,19 @@ def test_an_inpainting_unet_is_an_input_error(folders, tmp_path):
     with pytest.raises(InputError, match="takes 9 channels and gives 4, as for inpainting") as caught:
         create_teacher(parse_config([*words, "--eval_classifier", "none"]))
     assert "\n" not in str(caught.value)
+
+
+def test_a_safety_checker_that_is_missing_is_named_before_training(folders, tmp_path):
+    shutil.copytree(folders / "SD 1", tmp_path / "teacher")
+    path = tmp_path / "teacher" / "model_index.json"
+    index = json.loads(path.read_text())
+    path.write_text(json.dumps({**index, "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}))
+    words = ["--teacher", str(tmp_path / "teacher"), "--prompts", str(folders / "prompts.txt")]
+    with pytest.raises(InputError, match="whose safety_checker is missing") as caught:
+        create_teacher(parse_config([*words, "--eval_classifier", "none"]))
+    assert "\n" not in str(caught.value)
+    path.write_text(json.dumps(index))  # [null, null], as the sentence has it
+    create_teacher(parse_config([*words, "--eval_classifier", "none"]))
 
 
 def test_the_student_of_a_range_is_told_w_and_the_teacher_is_not(folders, noise):

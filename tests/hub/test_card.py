@@ -494,12 +494,14 @@ def test_a_lora_that_cannot_be_read_is_named(text_folders, tmp_path):
         render_card(folder)
 
 
+@pytest.mark.slow
 def test_the_code_in_a_text_to_image_card_runs(text_folders):
     snippets = [code for name in TEXT_MODELS for code in blocks(render_card(text_folders / name), "python")]
     assert len(snippets) == 3 * 4 + 2 * 3
     execute(sys.executable, [code for code in snippets if uses_package(code)], text_folders)
 
 
+@pytest.mark.slow
 def test_the_code_in_a_text_to_image_card_that_is_without_the_package_runs_without_it(
     text_folders, python_without_package
 ):
@@ -562,6 +564,7 @@ def test_the_code_in_a_card_runs(run, unconditional):
     execute(sys.executable, [code for code in snippets if "pid_diffusers" in code], run.parent)
 
 
+@pytest.mark.slow
 def test_the_code_without_the_package_runs_without_it(run, unconditional, python_without_package):
     snippets = [code for folder in (run, unconditional) for code in blocks(render_card(folder), "python")]
     snippets = [code for code in snippets if "pid_diffusers" not in code]

@@ -396,6 +396,7 @@ def train(hub, teacher: Path, folder: Path, *flags: str, token: str | None = Non
     return subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_run_whose_pushes_fail_in_five_ways_loses_nothing_and_says_how_to_push_later(hub, teacher, tmp_path):
     ways = [("create", 401), ("create", 403), ("card", 500), ("commit", 409), ("commit", "cut")]
     failures = [hub.fail(REQUESTS[request], how, times=1) for request, how in ways]
@@ -430,6 +431,7 @@ def test_a_run_whose_pushes_fail_in_five_ways_loses_nothing_and_says_how_to_push
     assert not [text for text in said + written if hub.token in text]
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_a_commit_of_a_whole_repo(hub, teacher, tmp_path):
     result = train(hub, teacher, tmp_path, "--hub_strategy", "every_checkpoint", "--hub_private_repo")
     assert result.returncode == 0, result.stderr

@@ -33,6 +33,7 @@ def pid_scheduler(head: str = "residual", **config) -> PIDScheduler:
 
 def student_of(teacher, head: str = "residual", unet=None, **config) -> OneStepPIDTextToImagePipeline:
     components = {k: v for k, v in teacher.components.items() if k != "image_encoder" and v is not None}
+    components = {"safety_checker": None, "feature_extractor": None, **components}
     components |= {"scheduler": pid_scheduler(head, **config), **({"unet": unet} if unet else {})}
     pipe = OneStepPIDTextToImagePipeline(**components, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

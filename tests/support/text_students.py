@@ -49,7 +49,7 @@ def save_text_student(
         "safety_checker",
         "feature_extractor",
     )
-    parts = {name: teacher.components[name] for name in names if name in teacher.components}
+    parts = {name: teacher.components.get(name) for name in names}
     OneStepPIDTextToImagePipeline(unet=unet, scheduler=scheduler, **parts).save_pretrained(folder)
     config = TrainingConfig(teacher="teacher", prompts="prompts.txt", use_lora=lora, max_train_steps=3, **guidance)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.to_public_dict(), sort_keys=False))

@@ -1,10 +1,12 @@
 import copy
+import gc
 import itertools
 import json
 import os
 import resource
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -325,6 +327,21 @@ def test_an_infinite_loss_with_a_gradient_scaler_changes_no_weight(settings):
     result, changed = train_and_see_changes(trainer)
     assert (result.steps, result.skipped_steps) == (6, 1)
     assert changed == [True, False, True, True, True]
+
+
+def test_when_a_run_is_measured_the_optimizers_state_and_the_averages_are_gone(settings):
+    trainer = Trainer(TrainingConfig(**settings).validate())
+    left = []
+
+    def note(student, teacher, step):
+        state = next(iter(trainer.optimizer.state.values()))
+        left[:] = [weakref.ref(state["exp_avg"]), weakref.ref(trainer.emas[0.9].shadow_params[0])]
+        return {}
+
+    trainer.config.validation_steps = 6
+    trainer.train(note)
+    gc.collect()
+    assert len(left) == 2 and [reference() for reference in left] == [None, None]
 
 
 def test_a_run_that_learns_nothing_saves_nothing(settings):
