@@ -202,10 +202,11 @@ def load_pipeline(teacher: str | Path) -> DiffusionPipeline:
     try:
         return DiffusionPipeline.from_pretrained(folder, **without)
     except Exception as error:
-        raise InputError(
-            f"teacher is {str(teacher)!r}, which diffusers cannot load ({' '.join(str(error).split())}); pass a"
-            " folder whose files are all there."
-        ) from error
+        fix = "pass a folder whose files are all there"
+        if any(folder.glob("*/*.fp16.*")):
+            fix = 'its weights are a variant: load it with variant="fp16", save it without, and pass that folder'
+        reason = " ".join(str(error).split())
+        raise InputError(f"teacher is {str(teacher)!r}, which diffusers cannot load ({reason}); {fix}.") from error
 
 
 def _family(scheduler_class: str | None) -> type[Denoiser] | None:

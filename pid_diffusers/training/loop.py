@@ -128,6 +128,8 @@ class Trainer:
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.unet.train()
+        if sum(parameter.numel() for parameter in self.unet.parameters()) > 1e8:
+            self.accelerator.print("Evaluating the loss once on the CPU, to see that all fits together …", flush=True)
         self.bytes_per_start = check_fit(config, TrajectoryModel(self.unet, self.scheduler), self.teacher, self.loss)
         self.state = self._check_checkpoint()
         self._create_output_dir()

@@ -103,3 +103,11 @@ def test_a_pipeline_whose_weights_are_missing_is_an_input_error(tiny_unet, tmp_p
     ConsistencyModelPipeline(tiny_unet(), EDMEulerScheduler()).save_pretrained(tmp_path)
     (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     assert_names_the_teacher(tmp_path, "cannot load")
+
+
+def test_a_teacher_of_which_there_is_a_variant_alone_is_refused_with_what_to_do(tiny_unet, tmp_path):
+    pipeline = ConsistencyModelPipeline(tiny_unet(), EDMEulerScheduler())
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    with pytest.raises(InputError, match='its weights are a variant: load it with variant="fp16"') as raised:
+        Denoiser.from_pretrained(tmp_path)
+    assert "\n" not in str(raised.value)
