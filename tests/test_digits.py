@@ -58,12 +58,12 @@ def test_the_teacher_draws_the_digits_asked_for(teacher):
 
 
 def test_a_student_moves_towards_its_teacher(tmp_path):
-    """From the untrained copy's distance, 0.8, to below 0.3 in 60 steps of 64 starts."""
-    flags = ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "60", "--train_batch_size", "64"]
+    """From the untrained copy's distance, 0.8, to below 0.4 in 40 steps of 32 starts."""
+    flags = ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "40", "--train_batch_size", "32"]
     trainer = Trainer(parse_config([*flags, "--report_to", "none", "--lr_warmup_steps", "5"]))
     result = trainer.train()
     samples = same_seed_samples(result.student, result.teacher, 128)
-    assert samples.rms_distance < 0.3
+    assert samples.rms_distance < 0.4
     assert math.isfinite(samples.rms_distance)
 
 

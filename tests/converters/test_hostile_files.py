@@ -338,7 +338,7 @@ def damaged_sources(tmp_path: Path, write_edm_pickle, edm_network) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("kind", ["edm.pkl", "edm.pt", "old.pt"])
+@pytest.mark.parametrize("kind", [pytest.param("edm.pkl", marks=pytest.mark.slow), "edm.pt", "old.pt"])
 def test_truncated_files_are_refused(kind, tmp_path, unharmed, write_edm_pickle, edm_network):
     content = damaged_sources(tmp_path, write_edm_pickle, edm_network)[kind]
     (tmp_path / "edm.pkl").unlink()

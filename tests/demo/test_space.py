@@ -71,6 +71,7 @@ def front_matter(space):
     return yaml.safe_load((space / "README.md").read_text().split("---")[1])
 
 
+@pytest.mark.slow
 def test_a_space_serves_its_page_without_the_package_installed(served, browser):
     page = browser.new_page()
     page.goto(served)

@@ -240,12 +240,14 @@ def test_a_dits_student_is_distilled_saved_with_its_vae_and_makes_images(dit_fol
     assert_near(images, (trainer.teacher.decode(latents) / 2 + 0.5).clamp(0, 1), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_unets_student_in_latent_space_is_distilled(ldm_folder, tmp_path):
     distil(ldm_folder, tmp_path / "student")
     images = DiffusionPipeline.from_pretrained(tmp_path / "student")(batch_size=2).images
     assert [image.size for image in images] == [(16, 16)] * 2
 
 
+@pytest.mark.slow
 def test_a_dits_student_sees_every_label_while_it_trains(dit_folder, tmp_path, noise):
     trainer, _ = distil(dit_folder, tmp_path / "student")
     x, timestep, labels = noise(64, 4, 8, 8), torch.full((64,), 5.0), torch.arange(64) % 10
@@ -254,6 +256,7 @@ def test_a_dits_student_sees_every_label_while_it_trains(dit_folder, tmp_path, n
         assert torch.equal(in_training, trainer.unet.eval()(x, timestep, labels, return_dict=False)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("out_channels", [8, None])
 def test_a_dit_has_smaller_students(out_channels, tmp_path):
     DiTPipeline(tiny_dit(out_channels=out_channels), tiny_vae(), ddim()).save_pretrained(tmp_path / "teacher")
@@ -267,6 +270,7 @@ def test_a_dit_has_smaller_students(out_channels, tmp_path):
     assert pipe(class_labels=1, output_type="pt").images.isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_dits_student_may_be_a_unet(tiny_unet, dit_folder, tmp_path):
     config = dict(tiny_unet(in_channels=4, out_channels=8, num_class_embeds=10).config)
     (tmp_path / "unet.json").write_text(json.dumps({"_class_name": "UNet2DModel", **config}))

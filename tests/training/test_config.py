@@ -99,7 +99,10 @@ def test_the_paper_presets_carry_table_6():
         (["--prompts", "p", "--guidance_rescale", "1.5"], r"guidance_rescale is 1.5; pass a number in \[0, 1\]"),
         (["--prompts", "p", "--streaming"], "streaming is True; pass --max_prompts, too"),
         (["--prompts", "p", "--max_prompts", "0"], "max_prompts is 0; pass at least 1"),
-        (["--prompts", "p", "--validation_prompts", "a"], "validation_prompts is .*; pass one for each of the"),
+        (
+            ["--prompts", "p", "--num_validation_images", "2", "--validation_prompts", "a"],
+            "validation_prompts is .*; pass one for each of the",
+        ),
         (["--lora_rank", "8"], "lora_rank is 8; it needs --use_lora, too"),
         (["--lora_alpha", "8"], "lora_alpha is 8.0; it needs --use_lora, too"),
         (["--lora_dropout", "0.1"], "lora_dropout is 0.1; it needs --use_lora, too"),

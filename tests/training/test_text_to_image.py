@@ -218,7 +218,7 @@ def weights_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[] if case == "LoRA with dropout" else pytest.mark.slow) for case in RESUMED]
+    "case", [pytest.param(case, marks=[] if case == "LoRA" else pytest.mark.slow) for case in RESUMED]
 )
 def test_a_run_that_was_ended_and_resumed_is_one_that_was_not_bit_for_bit(case, teachers, tmp_path):
     words = [*RESUMED[case], "--learning_rate", 1e-2, "--checkpointing_steps", 2, "--num_eval_samples", 0]
@@ -402,6 +402,7 @@ def test_settings_that_do_not_fit_the_teacher_are_answered_in_one_sentence(teach
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_wrong_decoders_are_answered_in_one_sentence(teachers, perceptual, tiny_unet, tmp_path):
     words = [*flags(teachers, "SD 1", tmp_path / "run"), "--distance", "lpips"]
     words += ["--lpips_vgg_weights", perceptual["vgg"], "--lpips_decoder"]
