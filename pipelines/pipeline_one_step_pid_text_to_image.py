@@ -293,9 +293,10 @@ class OneStepPIDTextToImagePipeline(
                 f"the scheduler has guidance_range = [{low:g}, {high:g}], but the UNet cannot be told w (its"
                 " time_cond_proj_dim is None); load the UNet or LoRA that belongs to the scheduler."
             )
-        if guidance_scale is not None and not low <= guidance_scale <= high:
+        number = isinstance(guidance_scale, int | float)
+        if guidance_scale is not None and not (number and low <= guidance_scale <= high):
             raise ValueError(
-                f"guidance_scale is {guidance_scale}; this student knows values between {low:g} and {high:g}."
+                f"guidance_scale is {guidance_scale!r}; this student knows numbers between {low:g} and {high:g}."
             )
 
     @property

@@ -321,7 +321,9 @@ def parse_config(args: list[str] | None = None) -> TrainingConfig:
     preset = given.preset if named else choose_preset(given.teacher, given.use_lora, given.prompts is not None)
     settings = load_preset(preset)
     if not named and given.teacher not in (None, settings.get("teacher")):
-        settings.pop("eval_classifier", None)  # which is of the preset's own teacher
+        # which are of the preset's own teacher
+        settings.pop("eval_classifier", None)
+        settings["output_dir"] = f"pid-{Path(os.path.abspath(given.teacher)).name.removesuffix('.pkl')}"
     for name, other in (("guidance_range", "guidance_scale"), ("guidance_scale", "guidance_range")):
         if getattr(given, name) is not None and getattr(given, other) is None:
             settings.pop(other, None)  # of the two ways to say it, the flag's counts

@@ -271,6 +271,7 @@ class Trainer:
         millions = sum(p.numel() for p in self.parameters) / 1e6
         device = self.accelerator.device
         return (
+            f"Preset {config.preset}, output in {config.output_dir}.\n"
             f"Teacher {config.teacher}: {self.teacher.describe()}.\n"
             f"Student: {millions:.2f} M parameters to train, head {settings.prediction_type}, noise levels"
             f" {settings.sigma_max:g} to {settings.sigma_min:g},"

@@ -156,3 +156,26 @@ def test_of_two_ways_to_say_w_the_flags_counts_and_not_the_presets(tmp_path):
     assert (one.guidance_scale, one.guidance_range) == (None, [3.0, 5.0])
     other = parse_config(["--preset", str(tmp_path / "range.yaml"), "--guidance_scale", "4"])
     assert (other.guidance_scale, other.guidance_range) == (4.0, None)
+
+
+def test_a_run_of_another_teacher_is_named_after_it():
+    assert parse_config(["--teacher", "somebody/ddpm"]).output_dir == "pid-ddpm"
+    assert parse_config(["--teacher", "edm-cifar10.pkl"]).output_dir == "pid-edm-cifar10"
+    assert parse_config([]).output_dir == parse_config(["--teacher", "digits"]).output_dir == "pid-digits"
+    assert parse_config(["--teacher", "somebody/ddpm", "--output_dir", "mine"]).output_dir == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "preset"),
+    [
+        (["--teacher", "words"], "words"),
+        (["--teacher", "words", "--use_lora"], "words-lora"),
+        (["--teacher", "stable-diffusion-v1-5/stable-diffusion-v1-5", "--use_lora"], "stable-diffusion-v1-5-lora"),
+        (["--teacher", "me/my-sdxl", "--use_lora"], "sdxl-lora"),
+        (["--teacher", "me/my-model"], "stable-diffusion-v1-5"),
+        (["--teacher", "words", "--preset", "digits"], "digits"),
+    ],
+)
+def test_a_text_to_image_teacher_has_the_preset_of_its_kind(flags, preset):
+    config = parse_config([*flags, "--prompts", "prompts.txt"])
+    assert config.preset == preset and config.use_lora == ("--use_lora" in flags)
