@@ -29,6 +29,7 @@ setup(
     package_data={
         "pid_diffusers": ["presets/*.yaml", "assets/*/*", "assets/*/*/*"],
         "pid_diffusers.evaluation": ["digit_features.safetensors"],
+        "pid_diffusers.losses": ["digit_lpips.safetensors"],
         "pid_diffusers.model_cards": ["*.jinja"],
     },
     install_requires=[

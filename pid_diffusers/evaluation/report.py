@@ -47,21 +47,24 @@ class RunReport:
                     "eval_classifier is 'digits', but no prompt asks for one digit, such as 'a handwritten seven';"
                     " pass other --eval_prompts, or --eval_classifier none."
                 )
+        self.endpoints = {}
         self.teacher_card = teacher_card(teacher or config.teacher)  # read now, not after days without a network
 
     def validate(self, student: TrajectoryModel, teacher: Denoiser, step: int) -> dict[str, float]:
-        """Saves `validation/step-….png` and returns the rms distance on the seeds it shows, its distribution over them
-        and the residual of the ODE there ([`validation_figures`])."""
-        samples = self._shown(student, teacher)
+        """Saves `validation/step-….png` and returns the rms distance on `num_validation_samples` seeds, or those it
+        shows, its distribution over them and the residual of the ODE there ([`validation_figures`])."""
+        config, shown = self.config, self._shown(student, teacher)
+        samples, n, labels = shown, config.num_validation_images, config.validation_class_labels
+        if config.num_validation_samples is not None:
+            n, labels = config.num_validation_samples, None
+            samples = self._same_seed(student, teacher, n, labels)
         title = f"step {step}: rms distance {samples.rms_distance:.3f}"
         path = self.folder / "validation" / f"step-{step:07d}.png"
-        pictures = teacher.decode(samples.teacher), teacher.decode(samples.student)
+        pictures = teacher.decode(shown.teacher), teacher.decode(shown.student)
         save_same_seed(path, *pictures, HEUN_STEPS, title, self._columns(teacher))
-        config = self.config
-        n, labels = config.num_validation_images, config.validation_class_labels
         z, _ = draw_starts(student, teacher, n, config.seed, labels)
         figures = validation_figures(student, teacher, samples, z, config.scheme, config.eval_batch_size)
-        return {"rms_distance": samples.rms_distance, **figures}
+        return {"num_samples": n, "rms_distance": samples.rms_distance, **figures}
 
     def checkpoint(self, result: TrainingResult):
         """Saves the pictures, a `results.json` without figures and the model card of a run that goes on.
@@ -190,9 +193,20 @@ class RunReport:
 
     def _shown(self, student: TrajectoryModel, teacher: Denoiser) -> SameSeedSamples:
         """What the pictures show: `num_validation_images` seeds with `validation_class_labels`."""
-        config = self.config
-        n, labels = config.num_validation_images, config.validation_class_labels
-        return same_seed_samples(student, teacher, n, config.eval_batch_size, config.seed, HEUN_STEPS, labels)
+        return self._same_seed(
+            student, teacher, self.config.num_validation_images, self.config.validation_class_labels
+        )
+
+    def _same_seed(
+        self, student: TrajectoryModel, teacher: Denoiser, n: int, labels: list[int] | None
+    ) -> SameSeedSamples:
+        """Samples of student and teacher, whose endpoints are computed once for all validations."""
+        config, key = self.config, (teacher, n, *(labels or ()))
+        samples = same_seed_samples(
+            student, teacher, n, config.eval_batch_size, config.seed, HEUN_STEPS, labels, self.endpoints.get(key)
+        )
+        self.endpoints[key] = samples.teacher
+        return samples
 
     def _columns(self, teacher: Denoiser) -> list[str] | None:
         """The prompts above the pictures, as long as there is room for them."""

@@ -98,6 +98,7 @@ def same_seed_samples(
     seed: int = 0,
     heun_steps: int = 40,
     class_labels: list[int] | None = None,
+    endpoints: torch.Tensor | None = None,
 ) -> SameSeedSamples:
     """
     One-step samples of the student beside the teacher's ODE endpoints, from starts that training never draws.
@@ -109,6 +110,7 @@ def same_seed_samples(
         seed (`int`, defaults to 0): of the starts.
         heun_steps (`int`, defaults to 40): steps of Heun's method on the grid from T to ε, two teacher calls each.
         class_labels (`list[int]`, *optional*): one a sample, instead of the teacher's classes in turn.
+        endpoints (`torch.Tensor`, *optional*): the teacher's, if they were computed before.
     """
     device = next(student.parameters()).device
     z, condition = draw_starts(student, teacher, num_samples, seed, class_labels)
@@ -116,8 +118,10 @@ def same_seed_samples(
     students, teachers = [], []
     for batch, some in batches(z, condition, batch_size, device):
         students.append(student(batch, student.scheduler.config.sigma_min, **some).cpu())
-        teachers.append(solve(heun, teacher, batch, sigmas, **some).float().cpu())
-    return SameSeedSamples(torch.cat(students), torch.cat(teachers), condition, value_unit(student))
+        if endpoints is None:
+            teachers.append(solve(heun, teacher, batch, sigmas, **some).float().cpu())
+    endpoints = torch.cat(teachers) if endpoints is None else endpoints
+    return SameSeedSamples(torch.cat(students), endpoints, condition, value_unit(student))
 
 
 @torch.no_grad()

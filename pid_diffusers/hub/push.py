@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 INDEX_FILE = "model_index.json"
 # at the top of the folder, beside the pipeline's components
 OTHER_FILES = (
-    *(CARD_FILE, "LICENSE", "pipeline.py", "config.yaml", "results.json", "metrics.jsonl"),
+    *(CARD_FILE, "LICENSE", "pipeline.py", "config.yaml", "results.json", "metrics.jsonl", "validation.jsonl"),
     *("samples.png", "trajectory.png", "loss.png"),
 )
 # what save_pretrained writes of a component: configurations, weights, tokenizers, and the code that travels along

@@ -17,7 +17,7 @@ from ..denoisers import Denoiser, GuidedDenoiser, VPDenoiser
 from ..denoisers.base import TEXT_TO_IMAGE, load_pipeline, without_label_dropout
 from ..errors import InputError
 from ..losses import PIDLoss
-from ..losses.distances import DecodedDistance, get_distance
+from ..losses.distances import DecodedDistance, DigitLPIPS, get_distance
 from ..schedulers import PIDScheduler
 from ..text import PromptEmbeddings, PromptEncoder, load_prompts
 from ..trajectory import TrajectoryModel
@@ -176,7 +176,10 @@ def _create_network(config: TrainingConfig, teacher: Denoiser) -> nn.Module:
 def create_loss(config: TrainingConfig, teacher: Denoiser) -> PIDLoss:
     """The loss with its scheme and distance, weighted as it suits the teacher unless the settings say otherwise."""
     options = {"pseudo_huber": {"c": config.huber_c}, "lpips": {"vgg_weights": config.lpips_vgg_weights}}
-    distance = get_distance(config.distance, **options.get(config.distance, {}))
+    if config.distance == "lpips" and config.lpips_network == "digits":
+        distance = DigitLPIPS()
+    else:
+        distance = get_distance(config.distance, **options.get(config.distance, {}))
     if config.distance == "lpips" and teacher.vae is not None:
         vae = teacher.vae if config.lpips_decoder is None else _load_tiny_decoder(config.lpips_decoder, teacher)
         distance = DecodedDistance(distance, vae, config.lpips_batch_size)

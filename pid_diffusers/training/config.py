@@ -18,7 +18,7 @@ from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 from ..errors import InputError
-from ..losses.distances import DISTANCES
+from ..losses.distances import DISTANCES, LPIPS_NETWORKS
 from ..losses.pid import SCHEMES, WEIGHTINGS
 from ..schedulers.scheduling_pid import PREDICTION_TYPES
 
@@ -95,6 +95,9 @@ class TrainingConfig:
     scheme: str = option("upwind", f"numerical derivative: {', '.join(SCHEMES)}")
     distance: str = option("l2", f"distance of the residual: {', '.join(DISTANCES)}")
     huber_c: float | None = option(None, "c of pseudo_huber; default: 0.00054 √(number of pixels × channels)")
+    lpips_network: str = option(
+        "vgg", "whose features lpips compares: vgg, or digits, for gray images of 8 × 8 pixels"
+    )
     lpips_vgg_weights: str | None = option(None, "local copy of torchvision's vgg16-397923af.pth, for lpips")
     lpips_decoder: str | None = option(
         None, "an AutoencoderTiny (folder or Hub id) that decodes latents for lpips; default: the teacher's VAE"
@@ -142,6 +145,9 @@ class TrainingConfig:
     resume_from_checkpoint: str | None = option(None, "'latest', or the folder of a checkpoint")
     validation_steps: int = option(1000, "steps between validation pictures; 0 for none")
     num_validation_images: int = option(10, "images in each picture")
+    num_validation_samples: int | None = option(
+        None, "seeds of the figures that a validation logs; default: those of its picture"
+    )
     validation_class_labels: list[int] | None = field(
         default=None, metadata={"help": "classes in the pictures, one an image; default: 0, 1, 2, …"}
     )
@@ -222,7 +228,14 @@ class TrainingConfig:
             "lora_target_modules",
             "pass a name such as to_q, or leave it out",
         )
-        self._needs("lpips", "lpips_decoder", self.distance == "lpips")
+        for name in ("lpips_network", "lpips_decoder"):
+            self._needs("lpips", name, self.distance == "lpips")
+        choice("lpips_network", LPIPS_NETWORKS)
+        require(
+            self.lpips_network == "vgg" or self.lpips_vgg_weights is None,
+            "lpips_vgg_weights",
+            "leave it out with --lpips_network digits, which comes with its own",
+        )
         require(self.lpips_batch_size >= 1, "lpips_batch_size", "pass at least 1")
         require(
             self.validation_prompts is None or len(self.validation_prompts) == self.num_validation_images,
@@ -247,6 +260,11 @@ class TrainingConfig:
             require(getattr(self, name) >= 1, name, "pass at least 1")
         for name in ("checkpointing_steps", "eval_batch_size", "num_validation_images", "max_skipped_steps"):
             require(getattr(self, name) >= 1, name, "pass at least 1")
+        require(
+            self.num_validation_samples is None or self.num_validation_samples >= 1,
+            "num_validation_samples",
+            "pass at least 1",
+        )
         for name in ("validation_steps", "lr_warmup_steps", "num_eval_samples"):
             require(getattr(self, name) >= 0, name, "pass 0 or more")
         require(0 <= self.seed < 2**32, "seed", "pass 0 or more, below 2³²")

@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
 
 OPTIMIZERS = {
     "radam": lambda: torch.optim.RAdam,
@@ -207,7 +208,7 @@ class Trainer:
                         accelerator.wait_for_everyone()
                 if validate and config.validation_steps and step % config.validation_steps == 0:
                     if accelerator.is_main_process:
-                        self._validate(validate, step)
+                        self._validate(validate, counters)
                     accelerator.wait_for_everyone()
                 start = time.perf_counter()
 
@@ -516,11 +517,14 @@ class Trainer:
             " --learning_rate, --max_grad_norm 1, or another --mixed_precision."
         )
 
-    def _validate(self, validate: Validate, step: int):
+    def _validate(self, validate: Validate, counters: dict):
+        step = counters["step"]
         try:
             with self._ema_weights() as student:
                 figures = validate(student, self.teacher, step)
             self.accelerator.log({f"validation/{name}": value for name, value in figures.items()}, step=step)
+            with open(self.output_dir / VALIDATION_FILE, "a") as file:
+                file.write(json.dumps({"step": step, "seconds": counters["seconds"], **figures}) + "\n")
         except OSError as error:
             logger.warning(f"the validation of step {step} could not be written: {error}")
 
@@ -572,7 +576,7 @@ class Trainer:
     # --- what is written ---------------------------------------------------------------------------------------------
 
     def _start_output(self):
-        """Makes the folder ready: no leftovers, the configuration, the metrics cut back to the checkpoint."""
+        """Makes the folder ready: no leftovers, the configuration, what was logged cut back to the checkpoint."""
         step = self.state.get("step", 0)
         settings = self.config.to_public_dict()
         flat = {name: value for name, value in settings.items() if isinstance(value, int | float | str)}
@@ -582,10 +586,10 @@ class Trainer:
                 text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
                 if step < self.config.max_train_steps:  # else nothing is trained with these settings
                     checkpoints.write_text(self.output_dir / CONFIG_FILE, f"# {_versions()}\n{text}")
-                metrics = self.output_dir / METRICS_FILE
-                if metrics.exists():
-                    lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
-                    checkpoints.write_text(metrics, "".join(line + "\n" for line in lines))
+                for metrics in (self.output_dir / METRICS_FILE, self.output_dir / VALIDATION_FILE):
+                    if metrics.exists():
+                        lines = [line for line in metrics.read_text().splitlines() if _step_of(line) <= step]
+                        checkpoints.write_text(metrics, "".join(line + "\n" for line in lines))
             self.accelerator.init_trackers("pid_diffusers", config=flat)
         except OSError as error:
             raise InputError(f"output_dir is {str(self.output_dir)!r}, which cannot be written ({error}).") from error

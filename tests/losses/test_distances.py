@@ -8,8 +8,9 @@ from tiny_latent import create, tiny_vae, tiny_vq
 from torchvision.models import vgg
 
 from pid_diffusers import InputError
+from pid_diffusers.evaluation.digits import NUM_HELD_OUT, load_digits
 from pid_diffusers.losses import LPIPS, PseudoHuber, l1, l2
-from pid_diffusers.losses.distances import DecodedDistance, get_distance
+from pid_diffusers.losses.distances import DecodedDistance, DigitLPIPS, get_distance
 
 
 def test_l2_is_the_mean_square_of_each_sample(noise):
@@ -167,6 +168,49 @@ def test_lpips_never_trains(distance, noise):
 def test_lpips_of_latents_is_an_input_error(distance, noise):
     with pytest.raises(InputError, match="1 or 3 channels, not 4"):
         distance(noise(1, 4, 8, 8), noise(1, 4, 8, 8))
+
+
+# the perceptual distance of the digits
+
+
+def test_digit_lpips_is_the_sum_over_layers_of_the_distance_of_unit_features(noise):
+    distance, p, q = DigitLPIPS(), images(noise, 3, 1, 8, 8), images(noise, 3, 1, 8, 8, seed=1)
+    expected, (x, y) = torch.zeros(3), (p, q)
+    for convolution in distance.layers[::2]:
+        x, y = convolution(x).relu(), convolution(y).relu()
+        cosine = torch.cosine_similarity(x, y, dim=1, eps=1e-20)
+        present = x.norm(dim=1).gt(0).float() + y.norm(dim=1).gt(0).float()  # ‖u‖² + ‖v‖² of unit vectors, or 0
+        expected += (present - 2 * cosine).mean(dim=(1, 2))
+    torch.testing.assert_close(distance(p, q), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(distance(p, p), torch.zeros(3))
+
+
+def test_digit_lpips_has_a_finite_gradient_everywhere_and_no_weights_to_train(noise):
+    distance = DigitLPIPS()
+    for p in (images(noise, 2, 1, 8, 8), torch.zeros(2, 1, 8, 8), -torch.ones(2, 1, 8, 8)):
+        p = p.requires_grad_()
+        distance(p, images(noise, 2, 1, 8, 8, seed=1)).sum().backward()
+        assert p.grad.isfinite().all() and p.grad.abs().sum() > 0
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_digit_lpips_tells_digits_apart_better_than_styles():
+    """The features are those of a classifier that reads held-out digits."""
+    real, labels = (some[-NUM_HELD_OUT:] for some in load_digits())
+    first, second = torch.triu_indices(len(real), len(real), offset=1)
+    chosen = torch.randperm(len(first), generator=torch.Generator().manual_seed(0))[:4000]
+    p, q, same = real[first[chosen]], real[second[chosen]], labels[first[chosen]] == labels[second[chosen]]
+    margin = {}
+    for name, distance in (("lpips", DigitLPIPS()), ("l2", l2)):
+        d = distance(p, q)
+        margin[name] = ((d[~same].mean() - d[same].mean()) / d.std()).item()
+    assert margin["lpips"] > margin["l2"] > 0
+
+
+def test_digit_lpips_of_other_images_is_an_input_error(noise):
+    for shape in ((1, 3, 8, 8), (1, 1, 16, 16)):
+        with pytest.raises(InputError, match="lpips_network is 'digits', which takes images of shape"):
+            DigitLPIPS()(noise(*shape), noise(*shape))
 
 
 def text_file(folder, weights):

@@ -113,6 +113,13 @@ def test_the_paper_presets_carry_table_6():
         (["--use_lora", "--student_config", "c.json"], "student_config is 'c.json'; leave it out with --use_lora"),
         (["--lpips_decoder", "taesd"], "lpips_decoder is 'taesd'; it needs --distance lpips, too"),
         (["--distance", "lpips", "--lpips_batch_size", "0"], "lpips_batch_size is 0; pass at least 1"),
+        (["--lpips_network", "digits"], "lpips_network is 'digits'; it needs --distance lpips, too"),
+        (["--distance", "lpips", "--lpips_network", "alex"], "lpips_network is 'alex'; choose one of vgg, digits"),
+        (
+            ["--distance", "lpips", "--lpips_network", "digits", "--lpips_vgg_weights", "v.pth"],
+            "lpips_vgg_weights is 'v.pth'; leave it out with --lpips_network digits",
+        ),
+        (["--num_validation_samples", "0"], "num_validation_samples is 0; pass at least 1"),
     ],
 )
 def test_bad_flags_are_answered_in_one_sentence(args, message):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pid_diffusers import InputError, OneStepPIDPipeline, PIDLoss, TrajectoryModel
 from pid_diffusers.evaluation.report import RunReport
+from pid_diffusers.evaluation.same_seed import same_seed_samples
 from pid_diffusers.hub.push import repository_files
 from pid_diffusers.training import Trainer, TrainingConfig, TrainingStopped, parse_config
 from pid_diffusers.training.checkpoints import STATE_FILE, list_checkpoints
@@ -163,6 +164,49 @@ def test_validation_sees_the_weights_that_are_saved(settings):
         path = os.path.join(settings["output_dir"], f"checkpoint-{step}", "ema-0.9.safetensors")
         assert same(shown, load_file(path))
     assert same(seen[6], dict(result.student.unet.named_parameters()))
+
+
+def validations(folder):
+    return [json.loads(line) for line in open(os.path.join(folder, "validation.jsonl"))]
+
+
+def test_a_resumed_run_has_the_validations_of_one_that_was_not_interrupted(settings, tmp_path):
+    def validated(**changes):
+        AcceleratorState._reset_state(True)
+        config = TrainingConfig(**{**settings, "validation_steps": 5, "num_validation_samples": 3, **changes})
+        Trainer(config.validate()).train(RunReport(config).validate)
+        return [{k: v for k, v in line.items() if k != "seconds"} for line in validations(config.output_dir)]
+
+    straight = validated()
+    assert [line["step"] for line in straight] == [5]
+    assert all(0 < line["rms_distance"] < 10 and line["num_samples"] == 3 for line in straight)
+    settings["output_dir"] = str(tmp_path / "resumed")
+    assert len(validated(max_train_steps=5)) == 1  # which is cut back to the checkpoint of step 4
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-5")
+    (tmp_path / "resumed" / "model_index.json").unlink()
+    assert validated(resume_from_checkpoint="latest") == straight
+
+
+def test_validation_figures_are_of_as_many_seeds_as_asked_for_and_the_teacher_is_solved_once(settings):
+    config = TrainingConfig(**settings, validation_steps=3, num_validation_samples=5, validation_class_labels=[2, 2])
+    trainer = Trainer(config.validate())
+    seen = []
+
+    def validate(student, teacher, step):
+        calls = []
+        hook = teacher.unet.register_forward_hook(lambda *_: calls.append(1))
+        figures = report.validate(student, teacher, step)
+        hook.remove()
+        expected = same_seed_samples(student, teacher, 5, seed=0)
+        seen.append((figures["rms_distance"], expected.rms_distance, len(calls)))
+        return figures
+
+    report = RunReport(config)
+    trainer.train(validate)
+    (first, expected_first, calls), (second, expected_second, calls_later) = seen
+    assert (first, second) == (expected_first, expected_second)
+    assert first != second
+    assert calls - calls_later == 2 * 80  # 40 Heun steps for the picture's seeds and for the figures'
 
 
 def test_validation_does_not_change_training(settings, tmp_path):

@@ -1,0 +1,435 @@
+"""The paper's experiments on scikit-learn's digits: trains what is missing, measures it, prints tables.
+
+    python benchmarks/experiments.py grid_points --output_dir experiments
+    python benchmarks/experiments.py all --output_dir experiments
+
+    grid_points   Fig. 3: the number of grid points N
+    schemes       Table 3: first and second order, also on coarse grids
+    distances     Fig. 4: l2, l1, pseudo-Huber, LPIPS
+    students      Table 5: full and small students
+    heads         the heads edm and sample
+    solvers       Table 1's frame: the teacher by Euler, Heun, DDIM and DPM-Solver at 1 to 250 calls, PID at 1
+    speed         Table 4: seconds per 10 iterations
+
+Those that train are the presets in benchmarks/experiments: settings over those of the preset `digits`, for the seeds 0
+to 2. What is in the output folder is not run again, and several experiments share runs. `--settings
+max_train_steps=20000` changes all runs, for a machine that can do more. `--jobs` runs go on at a time, each with its
+share of the cores.
+
+Every run is a folder as train_pid.py writes it, with `measured.json`: the rms distance to the teacher's 40-step Heun
+endpoints (512 seeds, images in [−1, 1]), the share of digits that are read as asked, and FID on the features of a
+digit classifier (1,797 samples against scikit-learn's 1,797 images). All of it is gathered in `experiments.json`.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from itertools import pairwise
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import yaml
+from diffusers import DDIMScheduler, EDMDPMSolverMultistepScheduler
+from diffusers.utils.logging import disable_progress_bar
+
+from pid_diffusers import Denoiser, OneStepPIDPipeline, TrajectoryModel
+from pid_diffusers.denoisers import euler, heun
+from pid_diffusers.evaluation.digits import DigitClassifier, load_digits
+from pid_diffusers.evaluation.extractors import extract, load_extractor
+from pid_diffusers.evaluation.metrics import Gaussian, frechet_distance
+from pid_diffusers.evaluation.provenance import describe_compute, versions
+from pid_diffusers.evaluation.report import HEUN_STEPS, RunReport
+from pid_diffusers.evaluation.same_seed import draw_starts, same_seed_samples, solve
+from pid_diffusers.training import Trainer, TrainingConfig, parse_config
+from pid_diffusers.training.build import create_loss, create_scheduler, create_student, create_teacher
+from pid_diffusers.training.config import load_preset
+from pid_diffusers.training.noise import draw_batch
+
+ROOT = Path(__file__).parent.parent
+PRESETS = ROOT / "benchmarks" / "experiments"
+TRAINED = ("grid_points", "schemes", "distances", "students", "heads")
+SEEDS = (0, 1, 2)
+# what differs from the preset `digits` in what a run writes, not in what it learns
+WRITING = {
+    "resume_from_checkpoint": "latest",  # of a run that was interrupted
+    "report_to": "none",
+    "checkpointing_steps": 1000,
+    "checkpoints_total_limit": 1,
+    "validation_steps": 35,
+    "num_validation_samples": 64,
+}
+NUM_STARTS = 512
+NUM_FID_SAMPLES = 1797
+FID_SEED = 1  # of the starts, none of which training draws
+MEASURED = "measured.json"
+# network calls of the solvers; Heun's method needs an even number
+CALLS = (1, 2, 4, 6, 8, 12, 18, 36, 80, 250)
+SPEED_RUNS = {
+    "upwind": {"scheme": "upwind"},
+    "midpoint": {"scheme": "midpoint"},
+    "central": {"scheme": "central"},
+    "midpoint, --split_batch": {"scheme": "midpoint", "split_batch": True},
+    "midpoint, half the channels": {
+        "scheme": "midpoint",
+        "student_config": str(ROOT / "examples" / "small_digits_student.json"),
+    },
+    "midpoint, LPIPS (digits)": {"scheme": "midpoint", "distance": "lpips", "lpips_network": "digits"},
+}
+DISTILLATION_CALLS = "the network calls of consistency distillation"
+
+
+# --- the runs --------------------------------------------------------------------------------------------------------
+
+
+def variants(experiment: str, changes: dict) -> dict[str, dict]:
+    """The settings of each variant of an experiment by its name, without those that are the preset's anyway."""
+    content = yaml.safe_load((PRESETS / f"{experiment}.yaml").read_text(encoding="utf-8"))
+    base, common = load_preset("digits"), content.get("settings", {})
+    for settings in content["variants"].values():
+        if "student_config" in settings:
+            settings["student_config"] = str(ROOT / settings["student_config"])
+    return {
+        name: {
+            key: value for key, value in {**common, **settings, **changes}.items() if not _default(key, value, base)
+        }
+        for name, settings in content["variants"].items()
+    }
+
+
+def _default(key: str, value, base: dict) -> bool:
+    # the head that the digits' teacher's family has unless another is asked for
+    return base.get(key, "edm" if key == "prediction_type" else None) == value
+
+
+def run_folder(output_dir: Path, settings: dict, seed: int) -> Path:
+    """A folder that settings and seed name, so that experiments share their runs."""
+    parts = [f"{key}={Path(str(value)).stem}" for key, value in sorted(settings.items())]
+    if "student_config" in settings:  # both are called config.json or so
+        parts = [part.replace("student_config=config", "student_config=full") for part in parts]
+    return output_dir / "runs" / ",".join([*parts, f"seed={seed}"])
+
+
+def train(folder: Path, settings: dict, seed: int, threads: int):
+    """One run, measured."""
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+    flags = {**WRITING, **settings, "seed": seed, "output_dir": str(folder)}
+    config = parse_config([word for key, value in flags.items() for word in (f"--{key}", str(value))])
+    trainer = Trainer(config)
+    report = RunReport(config, denoiser=trainer.teacher)
+    result = trainer.train(report.validate)
+    if result.interrupted_by is not None:
+        raise KeyboardInterrupt
+    measured = measure(result.student, result.teacher) | {"train_seconds": round(result.seconds, 1)}
+    (folder / MEASURED).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+_endpoints = {}
+
+
+@torch.no_grad()
+def measure(student: TrajectoryModel, teacher: Denoiser) -> dict:
+    """Distance, digits read as asked, and FID of the student's one-step samples."""
+    samples = same_seed_samples(student, teacher, NUM_STARTS, endpoints=_endpoints.get("teacher"))
+    _endpoints["teacher"] = samples.teacher
+    z, condition = draw_starts(student, teacher, NUM_FID_SAMPLES, FID_SEED)
+    images = torch.cat(
+        [
+            student(some, student.scheduler.config.sigma_min, class_labels=labels)
+            for some, labels in zip(z.split(128), condition["class_labels"].split(128), strict=True)
+        ]
+    )
+    return {
+        "rms_distance": samples.rms_distance,
+        "read_as_asked": DigitClassifier().accuracy(samples.student, samples.condition["class_labels"]),
+        "fid": fid(images),
+        "num_parameters": sum(p.numel() for p in student.unet.parameters()),
+    }
+
+
+def fid(images: torch.Tensor) -> float:
+    """Of images in [−1, 1], rounded to 8 bits, against all digits, on the features of `--extractor digits`."""
+    extractor = load_extractor("digits")
+
+    def features(some: torch.Tensor) -> Gaussian:
+        pixels = ((some.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return Gaussian.of(extract(extractor, pixels)["features"])
+
+    return frechet_distance(features(images), features(load_digits()[0]))
+
+
+def _worker(job: tuple):
+    folder = job[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+            train(*job)
+    except Exception as error:
+        return f"{folder.name}: {type(error).__name__}: {error}"
+    return f"{folder.name}: {json.loads((folder / MEASURED).read_text())}"
+
+
+def run_all(jobs: list[tuple], processes: int):
+    """Trains what is missing, `processes` runs at a time."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for i, line in enumerate(pool.imap_unordered(_worker, [(*job, threads) for job in jobs]), 1):
+            print(f"[{i} of {len(jobs)}] {line}", file=sys.stderr, flush=True)
+
+
+# --- what perfect training would reach -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def discretization_error(scheme: str, num_train_timesteps: int, num_starts: int = 128) -> float | None:
+    """
+    The distance of a student whose loss is 0 (theorem 1), rms per pixel to the teacher's 40-step Heun endpoints: of
+    Euler's solution on the N points for `upwind`, of the implicit midpoint rule's for `midpoint`, whose equations are
+    solved by iteration. None for `central`, which belongs to no solver.
+    """
+    if scheme == "central":
+        return None
+    config = TrainingConfig(teacher="digits", num_train_timesteps=num_train_timesteps)
+    teacher = create_teacher(config).eval()
+    scheduler = create_scheduler(config, teacher)
+    z, condition = draw_starts(TrajectoryModel(teacher.unet, scheduler), teacher, num_starts, 0)
+    x, sigmas = z.double(), scheduler.grid()
+    endpoint = solve(heun, teacher, x, scheduler.grid(HEUN_STEPS + 1), **condition)
+    if scheme == "upwind":
+        x = solve(euler, teacher, x, sigmas, **condition)
+        return (x - endpoint).square().mean().sqrt().item()
+    for t, s in pairwise(sigmas.tolist()):
+        middle = (t + s) / 2
+        x = _fixed_point(
+            lambda y, x=x, t=t, s=s, m=middle: x + (s - t) * ((x + y) / 2 - teacher((x + y) / 2, m, **condition)) / m,
+            euler(teacher, x, [t, s], **condition)[-1],
+        )
+    return (x - endpoint).square().mean().sqrt().item()
+
+
+def _fixed_point(function: Callable, x: torch.Tensor, tolerance: float = 1e-4, most: int = 30) -> torch.Tensor:
+    for _ in range(most):
+        x, before = function(x), x
+        if (x - before).square().mean().sqrt() < tolerance:
+            return x
+    return x
+
+
+# --- solvers of the teacher ------------------------------------------------------------------------------------------
+
+
+def ddim_grid(sigma_max: float, num_steps: int) -> list[float]:
+    """The noise levels of DDIM's equally spaced time steps with the linear betas of DDPM, from T to 0. Through a
+    denoiser D, a step of DDIM is one of Euler's method between them."""
+    alphas = DDIMScheduler(beta_schedule="linear").alphas_cumprod.double()
+    log_sigmas = ((1 - alphas) / alphas).log() / 2
+    last = int((log_sigmas < math.log(sigma_max)).sum())  # the first time step beyond T
+    low, high = log_sigmas[last - 1 : last + 1].tolist()
+    most = last - 1 + (math.log(sigma_max) - low) / (high - low)
+    sigmas = []
+    for i in range(num_steps):
+        time = most * (1 - i / num_steps)
+        k = min(int(time), len(log_sigmas) - 2)
+        sigmas.append(math.exp(log_sigmas[k] + (time - k) * (log_sigmas[k + 1] - log_sigmas[k])))
+    return [*sigmas, 0.0]
+
+
+def dpm_solver(teacher: Denoiser, z: torch.Tensor, num_steps: int, **condition) -> torch.Tensor:
+    """DPM-Solver++ (2M) as diffusers has it for EDM's models, `EDMDPMSolverMultistepScheduler`."""
+    scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=teacher.sigma_data)
+    scheduler.set_timesteps(num_steps)
+    x = z / 80.0 * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = teacher.unet(scheduler.scale_model_input(x, t), t, **condition).sample
+        x = scheduler.step(output, t, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def solvers(student_folder: Path, calls: tuple[int, ...] = CALLS) -> dict:
+    """FID and the distance to the 40-step Heun endpoint of the teacher's solvers, and of the student, from the same
+    starts."""
+    config = TrainingConfig(teacher="digits")
+    teacher = create_teacher(config).eval()
+    pipeline = OneStepPIDPipeline.from_pretrained(student_folder)
+    student = TrajectoryModel(pipeline.unet.eval(), pipeline.scheduler)
+    scheduler = student.scheduler
+    z, condition = draw_starts(student, teacher, NUM_FID_SAMPLES, FID_SEED)
+
+    def sample(function: Callable) -> torch.Tensor:
+        parts = zip(z.split(128), condition["class_labels"].split(128), strict=True)
+        return torch.cat([function(some, class_labels=labels).float() for some, labels in parts])
+
+    methods = {
+        "Euler": (1, lambda n: lambda x, **c: solve(euler, teacher, x, scheduler.grid(n + 1), **c)),
+        "Heun": (2, lambda n: lambda x, **c: solve(heun, teacher, x, scheduler.grid(n + 1), **c)),
+        "DDIM": (1, lambda n: lambda x, **c: solve(euler, teacher, x, torch.tensor(ddim_grid(80.0, n)), **c)),
+        "DPM-Solver++": (1, lambda n: lambda x, **c: dpm_solver(teacher, x, n, **c)),
+    }
+    endpoints = sample(methods["Heun"][1](HEUN_STEPS))
+
+    def of(images: torch.Tensor) -> dict:
+        return {"fid": fid(images), "rms_distance": (images - endpoints).square().mean().sqrt().item()}
+
+    found = {f"Heun, {HEUN_STEPS} steps": {2 * HEUN_STEPS: of(endpoints)}}
+    found["PID student"] = {1: of(sample(lambda x, **c: student(x, scheduler.config.sigma_min, **c)))}
+    for name, (calls_per_step, method) in methods.items():
+        found[name] = {}
+        for n in calls:
+            if n % calls_per_step == 0:
+                found[name][n] = of(sample(method(n // calls_per_step)))
+                print(f"{name}, {n} calls: {found[name][n]}", file=sys.stderr, flush=True)
+    return found
+
+
+# --- seconds per 10 iterations ---------------------------------------------------------------------------------------
+
+
+def speed(repeats: int = 5, iterations: int = 10) -> dict[str, float]:
+    """
+    Seconds per 10 iterations of batch 128, without validation and checkpoints: the fastest of `repeats`, taken in
+    turn, since other work on the machine only adds time.
+
+    Beside them stands what consistency distillation calls in an iteration: the student once with a gradient, a moving
+    average of it once, and the teacher twice.
+    """
+    steps = {name: _iteration(settings) for name, settings in SPEED_RUNS.items()}
+    steps[DISTILLATION_CALLS] = _iteration({}, of_consistency_distillation=True)
+    times = {name: [] for name in steps}
+    for repeat in range(repeats + 1):  # the first one allocates
+        for name, step in steps.items():
+            start = time.perf_counter()
+            for i in range(iterations):
+                step(i)
+            if repeat:
+                times[name].append(time.perf_counter() - start)
+    return {name: min(found) * 10 / iterations for name, found in times.items()}
+
+
+def _iteration(settings: dict, of_consistency_distillation: bool = False) -> Callable[[int], None]:
+    config = TrainingConfig(teacher="digits", **settings)
+    teacher = create_teacher(config).eval().requires_grad_(False)
+    student = TrajectoryModel(create_student(config, teacher).train(), create_scheduler(config, teacher))
+    loss = create_loss(config, teacher)
+    parameters = list(student.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+
+    def step(i: int):
+        z, indices, generator = draw_batch((128, 1, 8, 8), 80.0, 250, (0, 0, i, 0), torch.device("cpu"))
+        labels = torch.randint(10, (128,), generator=generator)
+        if of_consistency_distillation:
+            sigma = student.scheduler.grid()[indices].float()
+            output = student.network_output(z, sigma, class_labels=labels)
+            with torch.no_grad():
+                target = student.network_output(z, sigma, class_labels=labels)
+                for _ in range(2):
+                    teacher(z, sigma, class_labels=labels)
+            (output - target).square().mean().backward()
+        else:
+            loss(student, teacher, z, indices, class_labels=labels).mean().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def gather(experiment: str, output_dir: Path, changes: dict) -> dict:
+    """What was measured of an experiment's runs, by variant and seed."""
+    found = {}
+    for name, settings in variants(experiment, changes).items():
+        files = {seed: run_folder(output_dir, settings, seed) / MEASURED for seed in SEEDS}
+        found[name] = {seed: json.loads(file.read_text()) for seed, file in files.items() if file.exists()}
+    return found
+
+
+def table(experiment: str, found: dict, errors: dict[str, float | None]) -> str:
+    """In Markdown: the mean over the seeds, and the lowest and the highest."""
+
+    def cell(runs: dict, key: str, form: str, factor: float = 1.0) -> str:
+        values = [factor * run[key] for run in runs.values()]
+        mean, low, high = (f"{value:{form}}" for value in (statistics.fmean(values), min(values), max(values)))
+        return f"{mean} ({low} to {high})"
+
+    with_errors = any(error is not None for error in errors.values())
+    lines = [f"| {experiment} | distance | FID | read as asked, % |" + (" at loss 0 |" if with_errors else "")]
+    lines.append("|---|---|---|---|" + ("---|" if with_errors else ""))
+    for name, runs in found.items():
+        if runs:
+            row = [name, cell(runs, "rms_distance", ".3f"), cell(runs, "fid", ".3f")]
+            row.append(cell(runs, "read_as_asked", ".1f", 100))
+            if with_errors:
+                row.append("–" if errors[name] is None else f"{errors[name]:.3f}")
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def write_summary(output_dir: Path, name: str, found: dict):
+    """Adds an experiment to `experiments.json`."""
+    path = output_dir / "experiments.json"
+    summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    summary |= {name: found, "versions": versions(), **describe_compute(torch.device("cpu"), 1, 0.0)}
+    summary.pop("cpu_core_hours", None)
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="+", choices=[*TRAINED, "solvers", "speed", "all"], metavar="EXPERIMENT")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="of all runs")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    args = parser.parse_args()
+    names = [*TRAINED, "solvers", "speed"] if "all" in args.experiments else args.experiments
+    changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.settings)}
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+
+    trained = {name: variants(name, changes) for name in names if name in TRAINED}
+    jobs = {}  # every first seed before the second ones
+    for seed in SEEDS:
+        for settings in (settings for runs in trained.values() for settings in runs.values()):
+            folder = run_folder(args.output_dir, settings, seed)
+            if not (folder / MEASURED).exists():
+                jobs[folder] = (folder, settings, seed)
+    if jobs:
+        run_all(list(jobs.values()), args.jobs)
+    for name in trained:
+        found = gather(name, args.output_dir, changes)
+        errors = dict.fromkeys(found)
+        if name in ("grid_points", "schemes"):
+            for variant, settings in trained[name].items():
+                config = {**load_preset("digits"), **settings}
+                errors[variant] = discretization_error(config["scheme"], config["num_train_timesteps"])
+        write_summary(args.output_dir, name, {"runs": found, "at_loss_0": errors})
+        print(table(name, found, errors), end="\n\n", flush=True)
+    student = run_folder(args.output_dir, changes, SEEDS[0])
+    if "solvers" in names:
+        found = solvers(student)
+        write_summary(args.output_dir, "solvers", found)
+        print("| solver | calls | FID | distance |\n|---|---|---|---|")
+        for solver, by_calls in found.items():
+            for calls, values in by_calls.items():
+                print(f"| {solver} | {calls} | {values['fid']:.3f} | {values['rms_distance']:.3f} |")
+        print()
+    if "speed" in names:
+        found = speed()
+        write_summary(args.output_dir, "speed", found)
+        print("| an iteration of batch 128 | seconds per 10 | relative |\n|---|---|---|")
+        for name, seconds in found.items():
+            print(f"| {name} | {seconds:.2f} | {seconds / found['midpoint']:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
