@@ -78,6 +78,22 @@ def main(args: list[str] | None = None) -> int:
     verb.add_argument("--output", default="diagnostics.json", help="the file to write (default: diagnostics.json)")
     verb.set_defaults(run=_diagnose)
 
+    verb = verbs.add_parser("figures", help="draw runs and results: samples, training curves, quality against cost")
+    verb.add_argument("runs", metavar="RUN", nargs="*", help="an output folder of train_pid.py, or digits-student")
+    verb.add_argument("--labels", nargs="+", help="what each run is called; default: its folder's name")
+    verb.add_argument("--results", metavar="FILE", nargs="+", default=[], help="files that evaluate wrote")
+    verb.add_argument("--output", default="figures", help="the folder to write to (default: figures)")
+    verb.add_argument("--num_images", type=int, default=10, help="in a row of samples (default: 10)")
+    verb.add_argument(
+        "--only",
+        metavar="NAME",
+        nargs="+",
+        help="samples, trajectory, training_steps, training_time, residual, quality, distance_cost; default: all",
+    )
+    verb.add_argument("--teacher", help="as for train_pid.py; default: as each run's config.yaml says")
+    verb.add_argument("--prompts", help="of text-to-image students; default: those the run was evaluated with")
+    verb.set_defaults(run=_figures)
+
     options = parser.parse_args(args)
     try:
         return options.run(options)
@@ -161,6 +177,23 @@ def _diagnose(options: argparse.Namespace) -> int:
     print(f"{options.model}, distilled from {config.teacher}:")
     print(summarize(results))
     print(f"Saved in {options.output}")
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from .evaluation.draw import draw_figures
+
+    draw_figures(
+        options.runs,
+        options.labels,
+        options.results,
+        options.output,
+        options.num_images,
+        options.only,
+        options.teacher,
+        options.prompts,
+        lambda line: print(line, flush=True),
+    )
     return 0
 
 

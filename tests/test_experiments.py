@@ -27,7 +27,7 @@ def test_every_variant_of_every_experiment_is_a_valid_run_of_its_own(experiments
         folders = {experiments.run_folder(tmp_path, settings, seed) for settings in runs.values() for seed in (0, 1)}
         assert len(folders) == 2 * len(runs)
         for settings in runs.values():
-            flags = {**experiments.WRITING, **settings}
+            flags = {**experiments.COMMON, **settings}
             config = parse_config([word for key, value in flags.items() for word in (f"--{key}", str(value))])
             assert config.preset == "digits"
             assert all(str(getattr(config, key)) == str(value) for key, value in settings.items())
