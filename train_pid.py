@@ -8,19 +8,17 @@ import sys
 # cores a step takes several times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from diffusers.utils.logging import disable_progress_bar
-
 from pid_diffusers import InputError
 from pid_diffusers.converters import open_teacher
 from pid_diffusers.evaluation.report import RunReport
 from pid_diffusers.hub.publish import Publisher
 from pid_diffusers.training import Trainer, TrainingConfig, TrainingResult, TrainingStopped, parse_config
-from pid_diffusers.training.launch import adapt_to_launcher
+from pid_diffusers.training.launch import adapt_to_launcher, hide_loading_bars
 
 
 def main() -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    disable_progress_bar()  # diffusers' own, for loading; training has one
+    hide_loading_bars()
     try:
         config = parse_config()
         publisher = Publisher(config)

@@ -39,7 +39,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import yaml
 from diffusers import DDIMScheduler, EDMDPMSolverMultistepScheduler
-from diffusers.utils.logging import disable_progress_bar
 
 from pid_diffusers import Denoiser, OneStepPIDPipeline, TrajectoryModel
 from pid_diffusers.denoisers import euler, heun
@@ -52,6 +51,7 @@ from pid_diffusers.evaluation.same_seed import draw_starts, same_seed_samples, s
 from pid_diffusers.training import Trainer, TrainingConfig, parse_config
 from pid_diffusers.training.build import create_loss, create_scheduler, create_student, create_teacher
 from pid_diffusers.training.config import load_preset
+from pid_diffusers.training.launch import hide_loading_bars
 from pid_diffusers.training.noise import draw_batch
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +122,7 @@ def run_folder(output_dir: Path, settings: dict, seed: int) -> Path:
 def train(folder: Path, settings: dict, seed: int, threads: int):
     """One run, measured."""
     torch.set_num_threads(threads)
-    disable_progress_bar()
+    hide_loading_bars()
     flags = {**COMMON, **settings, "seed": seed, "output_dir": str(folder)}
     config = parse_config([word for key, value in flags.items() for word in (f"--{key}", str(value))])
     trainer = Trainer(config)

@@ -7,10 +7,12 @@ import sys
 
 from . import InputError, __version__
 from .evaluation.config import METRICS, EvaluationConfig
+from .training.launch import adapt_to_launcher, hide_loading_bars
 
 
 def main(args: list[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    hide_loading_bars()
     parser = argparse.ArgumentParser(
         "pid-diffusers", description="Share and try students of Physics Informed Distillation."
     )
@@ -142,7 +144,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from .evaluation.evaluate import evaluate
-    from .training.launch import adapt_to_launcher
 
     adapt_to_launcher()
     names = [setting.name for setting in dataclasses.fields(EvaluationConfig)]

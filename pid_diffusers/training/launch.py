@@ -6,8 +6,16 @@ import signal
 import sys
 from pathlib import Path
 
+import diffusers
 import psutil
 import torch
+import transformers
+
+
+def hide_loading_bars():
+    """Has diffusers and transformers load without progress bars; what takes long has one of its own."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def adapt_to_launcher():
