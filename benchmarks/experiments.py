@@ -18,7 +18,8 @@ share of the cores.
 
 Every run is a folder as train_pid.py writes it, with `measured.json`: the rms distance to the teacher's 40-step Heun
 endpoints (512 seeds, images in [−1, 1]), the share of digits that are read as asked, and FID on the features of a
-digit classifier (1,797 samples against scikit-learn's 1,797 images). All of it is gathered in `experiments.json`.
+digit classifier (1,797 samples against scikit-learn's 1,797 images). All of it is gathered in `experiments.json`, and
+drawn in the folder `figures`.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -43,7 +45,9 @@ from diffusers import DDIMScheduler, EDMDPMSolverMultistepScheduler
 from pid_diffusers import Denoiser, OneStepPIDPipeline, TrajectoryModel
 from pid_diffusers.denoisers import euler, heun
 from pid_diffusers.evaluation.digits import DigitClassifier, load_digits
+from pid_diffusers.evaluation.draw import draw_figures
 from pid_diffusers.evaluation.extractors import extract, load_extractor
+from pid_diffusers.evaluation.figures import save_quality
 from pid_diffusers.evaluation.metrics import Gaussian, frechet_distance
 from pid_diffusers.evaluation.provenance import describe_compute, versions
 from pid_diffusers.evaluation.report import HEUN_STEPS, RunReport
@@ -386,6 +390,31 @@ def write_summary(output_dir: Path, name: str, found: dict):
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
+def draw(output_dir: Path, experiment: str, runs: dict[str, list[Path]]):
+    """The training curves of an experiment, in `figures/EXPERIMENT`."""
+    folder = output_dir / "figures" / experiment
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(exist_ok=True)
+    labels = [name for name, folders in runs.items() for _ in folders]
+    folders = [str(folder) for folders in runs.values() for folder in folders]
+    draw_figures(folders, labels, output=str(folder), only=("training_steps", "training_time"))
+
+
+def draw_solvers(output_dir: Path, found: dict[str, dict[int, dict]]):
+    """FID and same-seed distance against network calls, `figures/solvers_fid` and `figures/solvers_distance`."""
+    texts = {"fid": "FID of 1,797 samples (digits features)"}
+    texts["rms_distance"] = f"rms distance per pixel\nto the teacher's {HEUN_STEPS}-step Heun endpoint"
+    solved = {name: by_calls for name, by_calls in found.items() if len(by_calls) > 1}
+    for key, text in texts.items():
+        curves = {
+            f"teacher, {name}": [(calls, values[key]) for calls, values in by_calls.items() if values[key] > 0]
+            for name, by_calls in solved.items()
+        }
+        student = [(calls, values[key]) for calls, values in found["PID student"].items()]
+        name = "solvers_" + key.removeprefix("rms_")
+        save_quality(output_dir / "figures" / name, curves, {"PID student": student}, text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=[*TRAINED, "solvers", "speed", "all"], metavar="EXPERIMENT")
@@ -414,11 +443,21 @@ def main():
                 config = {**load_preset("digits"), **settings}
                 errors[variant] = discretization_error(config["scheme"], config["num_train_timesteps"])
         write_summary(args.output_dir, name, {"runs": found, "at_loss_0": errors})
+        draw(
+            args.output_dir,
+            name,
+            {
+                variant: [run_folder(args.output_dir, trained[name][variant], seed) for seed in runs]
+                for variant, runs in found.items()
+                if runs
+            },
+        )
         print(table(name, found, errors), end="\n\n", flush=True)
     student = run_folder(args.output_dir, changes, SEEDS[0])
     if "solvers" in names:
         found = solvers(student)
         write_summary(args.output_dir, "solvers", found)
+        draw_solvers(args.output_dir, found)
         print("| solver | calls | FID | distance |\n|---|---|---|---|")
         for solver, by_calls in found.items():
             for calls, values in by_calls.items():
