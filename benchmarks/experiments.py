@@ -32,6 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -50,8 +51,8 @@ from pid_diffusers.evaluation.extractors import extract, load_extractor
 from pid_diffusers.evaluation.figures import save_quality
 from pid_diffusers.evaluation.metrics import Gaussian, frechet_distance
 from pid_diffusers.evaluation.provenance import describe_compute, versions
-from pid_diffusers.evaluation.report import HEUN_STEPS, RunReport
-from pid_diffusers.evaluation.same_seed import draw_starts, same_seed_samples, solve
+from pid_diffusers.evaluation.report import RunReport
+from pid_diffusers.evaluation.same_seed import batches, draw_starts, same_seed_samples, solve
 from pid_diffusers.training import Trainer, TrainingConfig, parse_config
 from pid_diffusers.training.build import create_loss, create_scheduler, create_student, create_teacher
 from pid_diffusers.training.config import load_preset
@@ -60,6 +61,10 @@ from pid_diffusers.training.noise import draw_batch
 
 ROOT = Path(__file__).parent.parent
 PRESETS = ROOT / "benchmarks" / "experiments"
+STUDENTS = {
+    "full": ROOT / "pid_diffusers" / "assets" / "digits-teacher" / "unet" / "config.json",
+    "small_digits_student": ROOT / "examples" / "small_digits_student.json",
+}
 TRAINED = ("grid_points", "schemes", "distances", "students", "heads")
 SEEDS = (0, 1, 2)
 # what all runs have instead of what the preset `digits` says: fewer steps, since there are 63 runs, more validations
@@ -72,6 +77,7 @@ COMMON = {
     "validation_steps": 25,
     "num_validation_samples": 64,
 }
+FINE_STEPS = 200  # of Heun's method, where 40 steps' own error of 0.0025 counts
 NUM_STARTS = 512
 NUM_FID_SAMPLES = 1797
 FID_SEED = 1  # of the starts, none of which training draws
@@ -85,10 +91,11 @@ SPEED_RUNS = {
     "midpoint, --split_batch": {"scheme": "midpoint", "split_batch": True},
     "midpoint, half the channels": {
         "scheme": "midpoint",
-        "student_config": str(ROOT / "examples" / "small_digits_student.json"),
+        "student_config": str(STUDENTS["small_digits_student"]),
     },
     "midpoint, LPIPS (digits)": {"scheme": "midpoint", "distance": "lpips", "lpips_network": "digits"},
 }
+STUDENT = "PID student"
 DISTILLATION_CALLS = "the network calls of consistency distillation"
 
 
@@ -96,31 +103,29 @@ DISTILLATION_CALLS = "the network calls of consistency distillation"
 
 
 def variants(experiment: str, changes: dict) -> dict[str, dict]:
-    """The settings of each variant of an experiment by its name, without those that are the preset's anyway."""
+    """The settings of each variant of an experiment by its name, without those that all runs have."""
     content = yaml.safe_load((PRESETS / f"{experiment}.yaml").read_text(encoding="utf-8"))
-    base, common = load_preset("digits"), content.get("settings", {})
     for settings in content["variants"].values():
         if "student_config" in settings:
             settings["student_config"] = str(ROOT / settings["student_config"])
-    return {
-        name: {
-            key: value for key, value in {**common, **settings, **changes}.items() if not _default(key, value, base)
-        }
-        for name, settings in content["variants"].items()
-    }
+    common = content.get("settings", {})
+    return {name: _changed({**common, **settings, **changes}) for name, settings in content["variants"].items()}
 
 
-def _default(key: str, value, base: dict) -> bool:
-    # the head that the digits' teacher's family has unless another is asked for
-    return base.get(key, "edm" if key == "prediction_type" else None) == value
+def _changed(settings: dict) -> dict:
+    """Those settings that differ from what all runs have; the head is that of the digits' teacher, unless one is
+    named."""
+    base = {"prediction_type": "edm", **load_preset("digits"), **COMMON}
+    return {key: value for key, value in settings.items() if key not in base or base[key] != value}
 
 
 def run_folder(output_dir: Path, settings: dict, seed: int) -> Path:
     """A folder that settings and seed name, so that experiments share their runs."""
-    parts = [f"{key}={Path(str(value)).stem}" for key, value in sorted(settings.items())]
-    if "student_config" in settings:  # both are called config.json or so
-        parts = [part.replace("student_config=config", "student_config=full") for part in parts]
-    return output_dir / "runs" / ",".join([*parts, f"seed={seed}"])
+    texts = {key: str(value).replace("/", "_") for key, value in sorted(settings.items())}
+    for name, path in STUDENTS.items():
+        if settings.get("student_config") == str(path):
+            texts["student_config"] = name
+    return output_dir / "runs" / ",".join([*(f"{key}={text}" for key, text in texts.items()), f"seed={seed}"])
 
 
 def train(folder: Path, settings: dict, seed: int, threads: int):
@@ -144,13 +149,16 @@ _endpoints = {}
 @torch.no_grad()
 def measure(student: TrajectoryModel, teacher: Denoiser) -> dict:
     """Distance, digits read as asked, and FID of the student's one-step samples."""
+    device = _device()
+    student.to(device)
+    teacher.to(device)
     samples = same_seed_samples(student, teacher, NUM_STARTS, endpoints=_endpoints.get("teacher"))
     _endpoints["teacher"] = samples.teacher
     z, condition = draw_starts(student, teacher, NUM_FID_SAMPLES, FID_SEED)
     images = torch.cat(
         [
-            student(some, student.scheduler.config.sigma_min, class_labels=labels)
-            for some, labels in zip(z.split(128), condition["class_labels"].split(128), strict=True)
+            student(some, student.scheduler.config.sigma_min, **c).cpu()
+            for some, c in batches(z, condition, 128, device)
         ]
     )
     return {
@@ -186,20 +194,24 @@ def _worker(job: tuple):
 def run_all(jobs: list[tuple], processes: int):
     """Trains what is missing, `processes` runs at a time."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for i, line in enumerate(pool.imap_unordered(_worker, [(*job, threads) for job in jobs]), 1):
-            print(f"[{i} of {len(jobs)}] {line}", file=sys.stderr, flush=True)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        running = [pool.submit(_worker, (*job, threads)) for job in jobs]
+        for i, done in enumerate(as_completed(running), 1):
+            print(f"[{i} of {len(jobs)}] {done.result()}", file=sys.stderr, flush=True)
 
 
 # --- what perfect training would reach -------------------------------------------------------------------------------
 
 
+_fine_endpoints = {}
+
+
 @torch.no_grad()
 def discretization_error(scheme: str, num_train_timesteps: int, num_starts: int = 128) -> float | None:
     """
-    The distance of a student whose loss is 0 (theorem 1), rms per pixel to the teacher's 40-step Heun endpoints: of
-    Euler's solution on the N points for `upwind`, of the implicit midpoint rule's for `midpoint`, whose equations are
-    solved by iteration. None for `central`, which belongs to no solver.
+    The distance of a student whose loss is 0 (theorem 1), rms per pixel to the teacher's endpoints by 200 Heun steps:
+    of Euler's solution on the N points for `upwind`, of the implicit midpoint rule's for `midpoint`, whose equations
+    are solved by iteration. None for `central`, which belongs to no solver.
     """
     if scheme == "central":
         return None
@@ -208,7 +220,9 @@ def discretization_error(scheme: str, num_train_timesteps: int, num_starts: int 
     scheduler = create_scheduler(config, teacher)
     z, condition = draw_starts(TrajectoryModel(teacher.unet, scheduler), teacher, num_starts, 0)
     x, sigmas = z.double(), scheduler.grid()
-    endpoint = solve(heun, teacher, x, scheduler.grid(HEUN_STEPS + 1), **condition)
+    if num_starts not in _fine_endpoints:
+        _fine_endpoints[num_starts] = solve(heun, teacher, x, scheduler.grid(FINE_STEPS + 1), **condition)
+    endpoint = _fine_endpoints[num_starts]
     if scheme == "upwind":
         x = solve(euler, teacher, x, sigmas, **condition)
         return (x - endpoint).square().mean().sqrt().item()
@@ -252,7 +266,7 @@ def dpm_solver(teacher: Denoiser, z: torch.Tensor, num_steps: int, **condition) 
     """DPM-Solver++ (2M) as diffusers has it for EDM's models, `EDMDPMSolverMultistepScheduler`."""
     scheduler = EDMDPMSolverMultistepScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=teacher.sigma_data)
     scheduler.set_timesteps(num_steps)
-    x = z / 80.0 * scheduler.init_noise_sigma
+    x = z
     for t in scheduler.timesteps:
         output = teacher.unet(scheduler.scale_model_input(x, t), t, **condition).sample
         x = scheduler.step(output, t, x).prev_sample
@@ -260,15 +274,14 @@ def dpm_solver(teacher: Denoiser, z: torch.Tensor, num_steps: int, **condition) 
 
 
 @torch.no_grad()
-def solvers(student_folder: Path, calls: tuple[int, ...] = CALLS) -> dict:
-    """FID and the distance to the 40-step Heun endpoint of the teacher's solvers, and of the student, from the same
+def solvers(student_folders: list[Path], calls: tuple[int, ...] = CALLS) -> dict[str, list[dict]]:
+    """FID and the distance to the teacher's endpoint by 200 Heun steps, of its solvers and of students, from the same
     starts."""
-    config = TrainingConfig(teacher="digits")
-    teacher = create_teacher(config).eval()
-    pipeline = OneStepPIDPipeline.from_pretrained(student_folder)
-    student = TrajectoryModel(pipeline.unet.eval(), pipeline.scheduler)
-    scheduler = student.scheduler
-    z, condition = draw_starts(student, teacher, NUM_FID_SAMPLES, FID_SEED)
+    teacher = create_teacher(TrainingConfig(teacher="digits")).eval()
+    pipelines = [OneStepPIDPipeline.from_pretrained(folder) for folder in student_folders]
+    students = [TrajectoryModel(pipeline.unet.eval(), pipeline.scheduler) for pipeline in pipelines]
+    scheduler = students[0].scheduler
+    z, condition = draw_starts(students[0], teacher, NUM_FID_SAMPLES, FID_SEED)
 
     def sample(function: Callable) -> torch.Tensor:
         parts = zip(z.split(128), condition["class_labels"].split(128), strict=True)
@@ -280,19 +293,19 @@ def solvers(student_folder: Path, calls: tuple[int, ...] = CALLS) -> dict:
         "DDIM": (1, lambda n: lambda x, **c: solve(euler, teacher, x, torch.tensor(ddim_grid(80.0, n)), **c)),
         "DPM-Solver++": (1, lambda n: lambda x, **c: dpm_solver(teacher, x, n, **c)),
     }
-    endpoints = sample(methods["Heun"][1](HEUN_STEPS))
+    endpoints = sample(methods["Heun"][1](FINE_STEPS))
 
-    def of(images: torch.Tensor) -> dict:
-        return {"fid": fid(images), "rms_distance": (images - endpoints).square().mean().sqrt().item()}
+    def of(num_calls: int, images: torch.Tensor) -> dict:
+        distance = (images - endpoints).square().mean().sqrt().item()
+        return {"calls": num_calls, "fid": fid(images), "rms_distance": distance}
 
-    found = {f"Heun, {HEUN_STEPS} steps": {2 * HEUN_STEPS: of(endpoints)}}
-    found["PID student"] = {1: of(sample(lambda x, **c: student(x, scheduler.config.sigma_min, **c)))}
+    found = {STUDENT: [], "Heun, 200 steps": [of(2 * FINE_STEPS, endpoints)]}
+    for student in students:
+        found[STUDENT].append(of(1, sample(lambda x, s=student, **c: s(x, scheduler.config.sigma_min, **c))))
     for name, (calls_per_step, method) in methods.items():
-        found[name] = {}
-        for n in calls:
-            if n % calls_per_step == 0:
-                found[name][n] = of(sample(method(n // calls_per_step)))
-                print(f"{name}, {n} calls: {found[name][n]}", file=sys.stderr, flush=True)
+        steps = [n // calls_per_step for n in calls if n % calls_per_step == 0]
+        found[name] = [of(n * calls_per_step, sample(method(n))) for n in steps]
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
     return found
 
 
@@ -310,29 +323,38 @@ def speed(repeats: int = 5, iterations: int = 10) -> dict[str, float]:
     steps = {name: _iteration(settings) for name, settings in SPEED_RUNS.items()}
     steps[DISTILLATION_CALLS] = _iteration({}, of_consistency_distillation=True)
     times = {name: [] for name in steps}
+    synchronize = torch.accelerator.synchronize if _device().type != "cpu" else lambda: None
     for repeat in range(repeats + 1):  # the first one allocates
         for name, step in steps.items():
+            synchronize()
             start = time.perf_counter()
             for i in range(iterations):
                 step(i)
+            synchronize()
             if repeat:
                 times[name].append(time.perf_counter() - start)
     return {name: min(found) * 10 / iterations for name, found in times.items()}
 
 
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+
+
 def _iteration(settings: dict, of_consistency_distillation: bool = False) -> Callable[[int], None]:
     config = TrainingConfig(teacher="digits", **settings)
+    device = _device()
     teacher = create_teacher(config).eval().requires_grad_(False)
-    student = TrajectoryModel(create_student(config, teacher).train(), create_scheduler(config, teacher))
-    loss = create_loss(config, teacher)
+    student = TrajectoryModel(create_student(config, teacher).train(), create_scheduler(config, teacher)).to(device)
+    loss = create_loss(config, teacher).to(device)
+    teacher.to(device)
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
     def step(i: int):
-        z, indices, generator = draw_batch((128, 1, 8, 8), 80.0, 250, (0, 0, i, 0), torch.device("cpu"))
-        labels = torch.randint(10, (128,), generator=generator)
+        z, indices, generator = draw_batch((128, 1, 8, 8), 80.0, 250, (0, 0, i, 0), device)
+        labels = torch.randint(10, (128,), generator=generator).to(device)
         if of_consistency_distillation:
-            sigma = student.scheduler.grid()[indices].float()
+            sigma = student.scheduler.grid()[indices].float().to(device)
             output = student.network_output(z, sigma, class_labels=labels)
             with torch.no_grad():
                 target = student.network_output(z, sigma, class_labels=labels)
@@ -368,12 +390,15 @@ def table(experiment: str, found: dict, errors: dict[str, float | None]) -> str:
         mean, low, high = (f"{value:{form}}" for value in (statistics.fmean(values), min(values), max(values)))
         return f"{mean} ({low} to {high})"
 
+    def label(name: str, runs: dict) -> str:
+        return name if len(runs) == len(SEEDS) else f"{name} ({len(runs)} of {len(SEEDS)} seeds)"
+
     with_errors = any(error is not None for error in errors.values())
     lines = [f"| {experiment} | distance | FID | read as asked, % |" + (" at loss 0 |" if with_errors else "")]
     lines.append("|---|---|---|---|" + ("---|" if with_errors else ""))
     for name, runs in found.items():
         if runs:
-            row = [name, cell(runs, "rms_distance", ".3f"), cell(runs, "fid", ".3f")]
+            row = [label(name, runs), cell(runs, "rms_distance", ".3f"), cell(runs, "fid", ".3f")]
             row.append(cell(runs, "read_as_asked", ".1f", 100))
             if with_errors:
                 row.append("–" if errors[name] is None else f"{errors[name]:.3f}")
@@ -385,8 +410,8 @@ def write_summary(output_dir: Path, name: str, found: dict):
     """Adds an experiment to `experiments.json`."""
     path = output_dir / "experiments.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    summary |= {name: found, "versions": versions(), **describe_compute(torch.device("cpu"), 1, 0.0)}
-    summary.pop("cpu_core_hours", None)
+    hardware = describe_compute(_device(), 1, 0.0)["hardware"]
+    summary[name] = {**found, "hardware": hardware, "versions": versions()}
     path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
@@ -400,22 +425,18 @@ def draw(output_dir: Path, experiment: str, runs: dict[str, list[Path]]):
     draw_figures(folders, labels, output=str(folder), only=("training_steps", "training_time"))
 
 
-def draw_solvers(output_dir: Path, found: dict[str, dict[int, dict]]):
+def draw_solvers(output_dir: Path, found: dict[str, list[dict]]):
     """FID and same-seed distance against network calls, `figures/solvers_fid` and `figures/solvers_distance`."""
     texts = {"fid": "FID of 1,797 samples (digits features)"}
-    texts["rms_distance"] = f"rms distance per pixel\nto the teacher's {HEUN_STEPS}-step Heun endpoint"
-    solved = {name: by_calls for name, by_calls in found.items() if len(by_calls) > 1}
+    texts["rms_distance"] = f"rms distance per pixel\nto the teacher's endpoint, {FINE_STEPS} Heun steps"
     for key, text in texts.items():
-        curves = {
-            f"teacher, {name}": [(calls, values[key]) for calls, values in by_calls.items() if values[key] > 0]
-            for name, by_calls in solved.items()
-        }
-        student = [(calls, values[key]) for calls, values in found["PID student"].items()]
+        points = {name: [(found["calls"], found[key]) for found in some] for name, some in found.items()}
+        curves = {f"teacher, {name}": some for name, some in points.items() if name != STUDENT and len(some) > 1}
         name = "solvers_" + key.removeprefix("rms_")
-        save_quality(output_dir / "figures" / name, curves, {"PID student": student}, text)
+        save_quality(output_dir / "figures" / name, curves, {STUDENT: points[STUDENT]}, text)
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="+", choices=[*TRAINED, "solvers", "speed", "all"], metavar="EXPERIMENT")
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -424,6 +445,10 @@ def main():
     args = parser.parse_args()
     names = [*TRAINED, "solvers", "speed"] if "all" in args.experiments else args.experiments
     changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.settings)}
+    students = [run_folder(args.output_dir, _changed(changes), seed) for seed in SEEDS]
+    if "solvers" in names and not {"schemes", "distances", "students", "heads"} & set(names):  # which train them
+        if not all((folder / MEASURED).exists() for folder in students):
+            parser.error("solvers needs the students of heads, which are not there; run heads first, or with it.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     trained = {name: variants(name, changes) for name in names if name in TRAINED}
@@ -435,6 +460,9 @@ def main():
                 jobs[folder] = (folder, settings, seed)
     if jobs:
         run_all(list(jobs.values()), args.jobs)
+    missing = [str(folder) for folder in jobs if not (folder / MEASURED).exists()]
+    if missing:
+        print(f"These runs failed; their log.txt says why: {', '.join(missing)}", file=sys.stderr)
     for name in trained:
         found = gather(name, args.output_dir, changes)
         errors = dict.fromkeys(found)
@@ -443,33 +471,30 @@ def main():
                 config = {**load_preset("digits"), **settings}
                 errors[variant] = discretization_error(config["scheme"], config["num_train_timesteps"])
         write_summary(args.output_dir, name, {"runs": found, "at_loss_0": errors})
-        draw(
-            args.output_dir,
-            name,
-            {
-                variant: [run_folder(args.output_dir, trained[name][variant], seed) for seed in runs]
-                for variant, runs in found.items()
-                if runs
-            },
-        )
+        folders = {
+            variant: [run_folder(args.output_dir, trained[name][variant], seed) for seed in runs]
+            for variant, runs in found.items()
+        }
+        if any(folders.values()):
+            draw(args.output_dir, name, folders)
         print(table(name, found, errors), end="\n\n", flush=True)
-    student = run_folder(args.output_dir, changes, SEEDS[0])
     if "solvers" in names:
-        found = solvers(student)
+        found = solvers(students)
         write_summary(args.output_dir, "solvers", found)
         draw_solvers(args.output_dir, found)
         print("| solver | calls | FID | distance |\n|---|---|---|---|")
-        for solver, by_calls in found.items():
-            for calls, values in by_calls.items():
-                print(f"| {solver} | {calls} | {values['fid']:.3f} | {values['rms_distance']:.3f} |")
-        print()
+        for solver, some in found.items():
+            for values in some:
+                print(f"| {solver} | {values['calls']} | {values['fid']:.3f} | {values['rms_distance']:.4f} |")
+        print(flush=True)
     if "speed" in names:
         found = speed()
         write_summary(args.output_dir, "speed", found)
         print("| an iteration of batch 128 | seconds per 10 | relative |\n|---|---|---|")
         for name, seconds in found.items():
             print(f"| {name} | {seconds:.2f} | {seconds / found['midpoint']:.2f} |")
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,8 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from pid_diffusers import EmpiricalDenoiser
-from pid_diffusers.denoisers import euler
+from pid_diffusers import Denoiser, EmpiricalDenoiser, PIDScheduler
+from pid_diffusers.denoisers import euler, heun
+from pid_diffusers.evaluation.digits import load_digits
+from pid_diffusers.evaluation.same_seed import solve
 from pid_diffusers.training import parse_config
 
 PATH = Path(__file__).parent.parent / "benchmarks" / "experiments.py"
@@ -44,6 +46,40 @@ def test_the_default_run_is_shared_by_the_experiments_that_have_it(experiments, 
         experiments.run_folder(tmp_path, experiments.variants(name, {})[variant], 0) for name, variant in names.items()
     }
     assert folders == {tmp_path / "runs" / "seed=0"}
+
+
+def test_settings_of_all_runs_reach_them_and_name_their_folders(experiments, tmp_path):
+    changes = {"max_train_steps": 350, "learning_rate": 0.0005}
+    (edm, sample) = experiments.variants("heads", changes).values()
+    assert edm == changes and sample == {"prediction_type": "sample", **changes}
+    places = {
+        str(experiments.run_folder(tmp_path, {key: value}, 0))
+        for key, value in (
+            *(("learning_rate", rate) for rate in (0.0005, 0.0002, 0.002)),
+            *(("teacher", name) for name in ("/a/teacher", "/b/teacher")),
+            *(("student_config", name) for name in ("/a/config.json", "/b/config.json")),
+        )
+    }
+    assert len(places) == 7
+    assert experiments.variants("heads", {"max_train_steps": 250})["edm"] == {}  # which is what they have anyway
+
+
+def test_dpm_solver_converges_to_the_teachers_ode(experiments):
+    teacher = Denoiser.from_pretrained("digits").eval()
+    z, labels = 80 * torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([3, 5])
+    with torch.no_grad():
+        exact = solve(heun, teacher, z, PIDScheduler().grid(65), class_labels=labels)
+        errors = [
+            (experiments.dpm_solver(teacher, z, n, class_labels=labels) - exact).square().mean().sqrt().item()
+            for n in (5, 10, 40)
+        ]
+    assert errors[0] > 2 * errors[1] > 0 and errors[2] < 0.01
+
+
+def test_fid_is_0_of_the_digits_themselves_and_large_of_noise(experiments):
+    real = load_digits()[0]
+    assert experiments.fid(real) == pytest.approx(0, abs=1e-3)  # their 17 levels of gray become 8 bits
+    assert experiments.fid(torch.rand_like(real) * 2 - 1) > 10
 
 
 def test_ddim_is_eulers_method_between_its_noise_levels(experiments, noise):

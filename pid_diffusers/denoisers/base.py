@@ -44,6 +44,7 @@ class Denoiser(nn.Module):
         trajectory_config (`dict`): the arguments of the `PIDScheduler` that suits a student of this teacher.
         loss_weighting (`str`): the `weighting` of the `PIDLoss` that suits it.
         predicts (`str`): what the network's output stands for.
+        network_calls (`int`): how many times D(x, σ) evaluates the network for a sample.
         vae (`AutoencoderKL` or `VQModel`, *optional*): decodes what a teacher in latent space denoises. Frozen, and no
             submodule: neither its parameters nor its device and type are the denoiser's, and copies share it.
     """
@@ -52,6 +53,7 @@ class Denoiser(nn.Module):
     trajectory_config: dict
     loss_weighting: str = "uniform"
     predicts: str = "the sample"
+    network_calls: int = 1
     vae: AutoencoderKL | VQModel | None = None
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:

@@ -56,6 +56,7 @@ class GuidedDenoiser(Denoiser):
         self.loss_weighting, self.predicts = denoiser.loss_weighting, denoiser.predicts
         self.__dict__["vae"] = denoiser.vae
         self.guidance_range = guidance_scale if isinstance(guidance_scale, tuple) else None
+        self.network_calls = 1 if guidance_scale == 1 else 2
         guidance = {"guidance_range": list(self.guidance_range)} if self.guidance_range else {}
         self.trajectory_config = denoiser.trajectory_config | (guidance or {"guidance_scale": guidance_scale})
 

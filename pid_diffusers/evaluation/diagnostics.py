@@ -32,7 +32,7 @@ from .same_seed import SameSeedSamples, batches, draw_starts, same_seed_samples,
 
 HEUN_STEPS = 40
 NUM_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
-SOLVERS = {"heun": (heun, 2), "euler": (euler, 1)}  # with the teacher's calls a step
+SOLVERS = {"heun": (heun, 2), "euler": (euler, 1)}  # with how often a step asks for D
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.9, 0.95, 1.0)
 BANDS = ("high", "middle", "low")  # thirds of the grid by the index, from T to ε
 NUM_RESIDUAL_POINTS = 25
@@ -306,7 +306,7 @@ def diagnose(
                 "worth": found.steps,
                 "relation": found.relation,
                 "text": found.describe(name.capitalize()),
-                "calls_per_step": calls,
+                "calls_per_step": calls * teacher.network_calls,
                 "num_steps": list(NUM_STEPS),
                 "distances": reached,
             }

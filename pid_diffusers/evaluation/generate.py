@@ -1,5 +1,6 @@
 """Samples of any pipeline, each of which depends on its own seed alone."""
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -13,13 +14,15 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
-from ..denoisers import Denoiser, euler, heun
+from ..denoisers import Denoiser, VPDenoiser, euler, heun
 from ..errors import InputError
 from ..precision import widest_float
 from ..schedulers import PIDScheduler
 
 BUILT_IN = {name: Path(__file__).parent.parent / "assets" / name for name in ("digits-student", "digits-teacher")}
 SOLVERS = {"euler": euler, "heun": heun}
+EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+MAX_SEED = 2**63
 
 
 def load_model(model: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
@@ -75,6 +78,15 @@ def model_digest(pipeline: DiffusionPipeline) -> str:
     return digest(*networks, settings=scheduler)
 
 
+def _is_alternative(cls: type[SchedulerMixin], scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler reads the network's output as another one does. `compatibles` of diffusers alone does not
+    tell: of DDPM's schedulers it names EDM's, and of EDM's none but itself."""
+    if type(scheduler).__name__ in EDM_SCHEDULERS:
+        return cls.__name__ in EDM_SCHEDULERS
+    both_discrete = all(name in VPDenoiser.scheduler_classes for name in (cls.__name__, type(scheduler).__name__))
+    return cls.__name__ not in EDM_SCHEDULERS and (both_discrete or cls in scheduler.compatibles)
+
+
 class Samples:
     """
     The samples 0 … `num_samples` − 1 of a pipeline.
@@ -113,6 +125,10 @@ class Samples:
         self.prompts, self.sampler = prompts, sampler
         self.parameters = inspect.signature(pipeline.__call__).parameters
         self.name = type(pipeline).__name__
+        if seed + num_samples > MAX_SEED:
+            raise InputError(
+                f"seed is {seed}, and sample {num_samples - 1} would have one above 2⁶³; pass a lower one."
+            )
         if "generator" not in self.parameters or "output_type" not in self.parameters:
             raise InputError(
                 f"model is a {self.name}, which takes no generator; pass one that makes images from seeds."
@@ -162,13 +178,10 @@ class Samples:
         return described | {"num_classes": self.num_classes}
 
     def probe(self) -> tuple[torch.Tensor, int]:
-        """Sample 0 alone, uint8 `(1, C, H, W)`, and how many times the network was called for it."""
-        calls = []
-        hook = self.network.register_forward_hook(lambda *_: calls.append(1))
-        try:
-            return self._images([0]), len(calls)
-        finally:
-            hook.remove()
+        """Sample 0 alone, uint8 `(1, C, H, W)`, and how many times the network was called for it; a call with
+        guidance, of two rows a sample, counts twice."""
+        with self._watched() as outputs:
+            return self._images([0]), sum(len(rows) for rows in outputs)
 
     def stream(self, first: int, last: int) -> Iterator[torch.Tensor]:
         """The samples from `first` to before `last`, a batch or less at a time: uint8, `(B, C, H, W)`, on the CPU."""
@@ -183,15 +196,16 @@ class Samples:
     def _images(self, indices: range | list[int]) -> torch.Tensor:
         generators = [torch.Generator().manual_seed(self.seed + i) for i in indices]
         try:
-            if self.solve is not None:
-                images = self.solve(indices, generators)
-            else:
-                images = self.pipeline(**self._arguments(indices), generator=generators, output_type="np").images
+            with self._watched() as outputs:
+                if self.solve is not None:
+                    images = self.solve(indices, generators)
+                else:
+                    images = self.pipeline(**self._arguments(indices), generator=generators, output_type="np").images
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"batch_size is {self.batch_size}, for which the memory is too small; pass a lower one."
             ) from error
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, TypeError) as error:  # the last of a scheduler that lacks an argument
             reason = " ".join(str(error).split()).rstrip(".")[:300]
             raise InputError(
                 f"model is a {self.name}, which cannot make samples in this way ({reason}); change the settings, or"
@@ -202,7 +216,29 @@ class Samples:
             raise InputError(
                 f"model gives NaN for sample {i} (seed {self.seed + i}); check its weights, or pass another dtype."
             )
+        # a pipeline clamps what is infinite to black and white, so that the images do not tell
+        infinite = torch.stack([~rows.reshape(-1, len(indices)).all(dim=0) for rows in outputs]).any(dim=0)
+        if infinite.any():
+            i = indices[int(infinite.int().argmax())]
+            raise InputError(
+                f"model gives infinite values for sample {i} (seed {self.seed + i}); check its weights, or pass"
+                " another dtype."
+            )
         return torch.from_numpy((images * 255).round().astype(np.uint8)).permute(0, 3, 1, 2)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[list[torch.Tensor]]:
+        """Collects of every call of the network which rows of its output are finite."""
+        outputs = []
+
+        def note(network: nn.Module, arguments: tuple, output):
+            outputs.append(output[0].isfinite().flatten(1).all(dim=1))
+
+        hook = self.network.register_forward_hook(note)
+        try:
+            yield outputs
+        finally:
+            hook.remove()
 
     def _arguments(self, indices: range | list[int]) -> dict:
         arguments = dict(self.settings)
@@ -228,7 +264,13 @@ class Samples:
             raise InputError(
                 f"sampler is {self.sampler!r}, but the model is a student, which has one step; leave it out."
             )
-        self.pipeline.scheduler = cls.from_config(self.pipeline.scheduler.config)
+        scheduler = self.pipeline.scheduler
+        if not _is_alternative(cls, scheduler):
+            raise InputError(
+                f"sampler is {self.sampler!r}, which computes something else of what the network of a"
+                f" {type(scheduler).__name__} predicts; choose pipeline, or a scheduler of that kind."
+            )
+        self.pipeline.scheduler = cls.from_config(scheduler.config)
 
     def _prepare_solver(self):
         scheduler = type(self.pipeline.scheduler).__name__

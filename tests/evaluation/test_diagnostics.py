@@ -352,6 +352,7 @@ def test_a_text_to_image_run_is_measured_with_its_own_prompts_and_guidance(text_
         found = diagnose(student, teacher, num_samples=3, batch_size=64, scheme=config.scheme)
     assert {x["prompt"] for x in found["distance"]["worst"]} == {"seven", "eight"}
     assert found["value"] == "latent value"
+    assert [found["worth"][name]["calls_per_step"] for name in ("heun", "euler")] == [4, 2]  # with and without text
     assert "prompt '" in summarize(found)
 
 
