@@ -1,5 +1,6 @@
 """Figures of runs and of measured results, by one call."""
 
+import itertools
 import json
 import os
 import textwrap
@@ -19,6 +20,8 @@ from .figures import (
     SUFFIXES,
     TRAINING_PANELS,
     Panel,
+    is_finite,
+    read_log,
     save_grids,
     save_quality,
     save_residuals,
@@ -30,7 +33,9 @@ from .same_seed import batches, draw_starts, teacher_trajectory
 FIGURES = ("samples", "trajectory", "training_steps", "training_time", "residual", "quality", "distance_cost")
 DIAGNOSTICS_FILE = "diagnostics.json"
 # what must be the same of results that stand in one figure
-_PROTOCOL = ("reference_digest", "extractor_sha256", "num_samples")
+_PROTOCOL = ("reference_digest", "extractor_sha256", "num_samples", "prompts_sha256")
+# what must be the same of those that are one curve
+_CURVE = ("model", "model_sha256", "pipeline", "sampler", "scheduler", "guidance_scale", "dtype")
 
 
 @dataclass
@@ -49,34 +54,16 @@ class Run:
         """What distances are measured per."""
         return "latent value" if (self.folder / "vae").is_dir() else "pixel"
 
-    @property
-    def is_logged(self) -> bool:
-        """Whether there is anything of how it went."""
-        return bool(self.lines(METRICS_FILE) or self.lines(VALIDATION_FILE))
-
-    def lines(self, name: str) -> list[dict]:
-        """Those of a file with a JSON object a line; none if there is no such file."""
-        path = self.folder / name
-        if not path.is_file():
-            return []
-        try:
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError:
-            lines = [None]
-        if not all(isinstance(line, dict) and {"step", "seconds"} <= line.keys() for line in lines):
-            raise InputError(
-                f"run is {self.place!r}, whose {name} is not one JSON object a line with step and seconds; remove it."
-            )
-        return lines
-
     def diagnostics(self) -> dict | None:
         """What `pid-diffusers diagnose` found; `None` if that was not asked."""
         path = self.folder / DIAGNOSTICS_FILE
-        found = _read_json(path) if path.is_file() else None
-        if path.is_file() and not (isinstance(found, dict) and {"residual", "trajectory", "worth"} <= found.keys()):
+        if not path.is_file():
+            return None
+        found = _read_json(path)
+        if not _is_diagnostics(found):
             raise InputError(
                 f"run is {self.place!r}, whose {DIAGNOSTICS_FILE} is not one that 'pid-diffusers diagnose' wrote;"
-                " remove it."
+                " let it write another."
             )
         return found
 
@@ -173,11 +160,54 @@ def _read_json(path: Path):
 
 def _read_results(place: str) -> dict:
     found = _read_json(Path(place))
-    if not (isinstance(found, dict) and isinstance(found.get("protocol"), dict) and "fid" in found):
+    if not _is_results(found):
         raise InputError(
             f"results is {place!r}, which is no file that 'pid-diffusers evaluate' wrote; pass its --output."
         )
     return found
+
+
+def _is_results(found) -> bool:
+    """Whether all is there that is drawn of a file of results."""
+    try:
+        protocol = found["protocol"]
+        texts = ("model", "model_sha256", "pipeline", "sampler", "scheduler", "dtype", "extractor")
+        numbers = ("network_calls_per_sample", "num_samples")
+        scale, fids = protocol["guidance_scale"], [found["fid"], *(repeat["fid"] for repeat in found["repeats"])]
+        return (
+            all(isinstance(protocol[key], str) for key in texts)
+            and all(is_finite(protocol[key]) for key in numbers)
+            and (scale is None or is_finite(scale))
+            and all(isinstance(fid, int | float) for fid in fids if found["fid"] is not None)
+            and (found["fid"] is not None or isinstance(found["reasons"]["fid"], str))
+            and all(key in protocol for key in _PROTOCOL)
+        )
+    except (KeyError, TypeError):
+        return False
+
+
+def _is_diagnostics(found) -> bool:
+    """Whether all is there that is drawn of a `diagnostics.json`."""
+    try:
+        worth = found["worth"]
+        solved = [worth[name] for name in SOLVERS]
+        pairs = [(part["num_steps"], part["distances"]) for part in solved]
+        pairs += [
+            (found[part]["sigmas"], found[part][key])
+            for part, key in (("residual", "rms"), ("trajectory", "relative"))
+        ]
+        numbers = [
+            worth["distance"],
+            *(part["calls_per_step"] for part in solved),
+            *itertools.chain(*itertools.chain(*pairs)),
+        ]
+        return (
+            all(isinstance(found[key], str) for key in ("teacher", "value"))
+            and all(len(x) == len(y) for x, y in pairs)
+            and all(isinstance(number, int | float) for number in numbers)
+        )
+    except (KeyError, TypeError):
+        return False
 
 
 def _check_folder(output: str, names: Iterable[str]) -> Path:
@@ -213,34 +243,46 @@ def _without(missing: Mapping[str, str]) -> str:
 
 
 def _draw_training(path: Path, runs: list[Run], x: str) -> str:
-    lines = {
-        label: [run.lines(VALIDATION_FILE) + run.lines(METRICS_FILE) for run in some if run.is_logged]
-        for label, some in _by_label(runs).items()
-    }
-    lines = {label: some for label, some in lines.items() if some}
-    if not lines:
-        raise InputError(f"no run has a {METRICS_FILE} or {VALIDATION_FILE}")
-    unit = _unit(run.value for run in runs if run.is_logged)
-    distance, loss = TRAINING_PANELS
-    save_training_curves(path, lines, x, (Panel(distance.key, distance.label.replace("pixel", unit)), loss))
-    missing = {run.place: f"no {METRICS_FILE}" for run in runs if not run.is_logged}
+    lines, units, broken, missing, distances = {}, [], {}, {}, {}
     for run in runs:
-        if run.is_logged and not run.lines(VALIDATION_FILE):
-            missing[f"the distance of {run.place}"] = f"no {VALIDATION_FILE}"
-    return _without(missing)
+        try:
+            metrics, validations = (read_log(run.folder / name) for name in (METRICS_FILE, VALIDATION_FILE))
+        except InputError as error:
+            broken[run.place] = str(error).rstrip(".")
+            continue
+        if metrics or validations:
+            lines.setdefault(run.label, []).append(validations + metrics)
+            units.append(run.value)
+            if not validations:
+                distances[f"the distance of {run.place}"] = f"no {VALIDATION_FILE}"
+        else:
+            missing[run.place] = f"no {METRICS_FILE}"
+    if not lines:
+        raise InputError(f"no run has a {METRICS_FILE} or {VALIDATION_FILE} with lines in it{_without(broken)}")
+    distance, loss = TRAINING_PANELS
+    save_training_curves(path, lines, x, (Panel(distance.key, distance.label.replace("pixel", _unit(units))), loss))
+    return _without(broken | missing | distances)
 
 
 def _diagnosed(runs: list[Run]) -> tuple[dict[str, list[dict]], str]:
     """What was found of the runs of each label, and which runs are missing."""
-    found = {run.place: run.diagnostics() for run in runs}
-    missing = {run.place: f"no {DIAGNOSTICS_FILE}" for run in runs if found[run.place] is None}
-    if len(missing) == len(found):
+    found, broken, missing = {}, {}, {}
+    for run in runs:
+        try:
+            diagnostics = run.diagnostics()
+        except InputError as error:
+            broken[run.place] = str(error).rstrip(".")
+            continue
+        if diagnostics is None:
+            missing[run.place] = f"no {DIAGNOSTICS_FILE}"
+        else:
+            found.setdefault(run.label, []).append(diagnostics)
+    if not found:
         raise InputError(
-            f"no run has a {DIAGNOSTICS_FILE}; write one with 'pid-diffusers diagnose RUN --output"
+            f"no run has a {DIAGNOSTICS_FILE}{_without(broken)}; write one with 'pid-diffusers diagnose RUN --output"
             f" RUN/{DIAGNOSTICS_FILE}'"
         )
-    grouped = _by_label(run for run in runs if found[run.place] is not None)
-    return {label: [found[run.place] for run in some] for label, some in grouped.items()}, _without(missing)
+    return found, _without(broken | missing)
 
 
 def _draw_residuals(path: Path, runs: list[Run]) -> str:
@@ -278,20 +320,49 @@ def _draw_quality(path: Path, results: Mapping[str, dict]) -> str:
         for key in _PROTOCOL:
             if protocol[key] != of_first[key]:
                 raise InputError(f"{first!r} and {place!r} differ in {key}, so that their FIDs cannot be compared")
+    alike = {}
+    for place, found in known.items():
+        alike.setdefault(tuple(found["protocol"][key] for key in _CURVE), {})[place] = found
     curves, points = {}, {}
-    for found in known.values():
-        protocol = found["protocol"]
-        pairs = [(protocol["network_calls_per_sample"], repeat["fid"]) for repeat in found["repeats"]]
-        if protocol["pipeline"].startswith("OneStepPID"):
-            points.setdefault(protocol["model"], []).extend(pairs)
-        else:
-            sampler = protocol["scheduler"] if protocol["sampler"] == "pipeline" else protocol["sampler"]
-            sampler = sampler.removesuffix("Scheduler")
-            curves.setdefault(f"{protocol['model']}, {sampler}", []).extend(pairs)
+    firsts = {next(iter(some)): next(iter(some.values()))["protocol"] for some in alike.values()}
+    for label, some, protocol in zip(_quality_labels(firsts), alike.values(), firsts.values(), strict=True):
+        (points if _is_student(protocol) else curves)[label] = [
+            (found["protocol"]["network_calls_per_sample"], repeat["fid"])
+            for found in some.values()
+            for repeat in found["repeats"]
+        ]
     save_quality(
         path, curves, points, f"FID of {of_first['num_samples']:,} samples ({of_first['extractor']} features)"
     )
     return _without({place: reason.rstrip(".") for place, reason in missing.items()})
+
+
+def _is_student(protocol: Mapping) -> bool:
+    return protocol["pipeline"].startswith("OneStepPID")
+
+
+def _quality_labels(protocols: Mapping[str, Mapping]) -> list[str]:
+    """What each curve is called, by the first of its files and the protocol in it: model and sampler, and, if another
+    has these as well, in what they differ."""
+    labels = []
+    for protocol in protocols.values():
+        sampler = protocol["scheduler"] if protocol["sampler"] == "pipeline" else protocol["sampler"]
+        solver = "" if _is_student(protocol) else f", {sampler.removesuffix('Scheduler')}"
+        labels.append(f"{protocol['model']}{solver}")
+    scales = [protocol["guidance_scale"] for protocol in protocols.values()]
+    files = [os.path.basename(place) for place in protocols]
+    differences = (
+        ["" if scale is None else f", w = {scale:g}" for scale in scales],
+        [f", {protocol['dtype']}" for protocol in protocols.values()],
+        [f", {name}" for name in (files if len(set(files)) == len(files) else protocols)],
+    )
+    for difference in differences:
+        for label in {label for label in labels if labels.count(label) > 1}:
+            those = [i for i, other in enumerate(labels) if other == label]
+            if len({difference[i] for i in those}) > 1:
+                for i in those:
+                    labels[i] += difference[i]
+    return labels
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Pictures of a run, and figures that compare several."""
 
+import json
 import math
 import re
 import textwrap
@@ -79,7 +80,7 @@ class Curve:
     @classmethod
     def of(cls, points: Iterable[tuple[float, float, float]], least: int = 1) -> "Curve":
         """
-        Averages what belongs together.
+        Averages what belongs together. A point whose y is no finite number is left out.
 
         Args:
             points: triples of what tells the points of one run apart, such as the step; x; and y.
@@ -87,11 +88,45 @@ class Curve:
         """
         groups = {}
         for key, x, y in points:
-            if math.isfinite(y):
+            if is_finite(y):
                 groups.setdefault(key, []).append((x, y))
         columns = [list(zip(*group, strict=True)) for group in groups.values() if len(group) >= least]
         rows = sorted((fmean(x), fmean(y), min(y), max(y)) for x, y in columns)
         return cls(*map(list, zip(*rows, strict=True))) if rows else cls([], [], [], [])
+
+
+def is_finite(value) -> bool:
+    """Whether it is a number, and neither infinite nor NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_log(path: str | Path) -> list[dict]:
+    """
+    The lines of a run's `metrics.jsonl` or `validation.jsonl`, without a last one that was cut short when the run was
+    killed.
+
+    Args:
+        path: of the file. If there is none, there are no lines.
+
+    Raises:
+        InputError: if another line is no JSON object with the numbers `step` and `seconds`.
+    """
+    path, read = Path(path), []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            if number == len(lines):
+                break
+            line = None
+        if not isinstance(line, dict) or not is_finite(line.get("step")) or not is_finite(line.get("seconds")):
+            raise InputError(
+                f"path is {str(path)!r}, whose line {number} is no JSON object with numbers for step and seconds;"
+                " correct that line."
+            )
+        read.append(line)
+    return read
 
 
 def save_same_seed(
@@ -192,7 +227,8 @@ def plot_training_curves(
     Args:
         runs: for every label its runs, such as those of several seeds, which become one curve: their mean at the steps
             that all of them have, if they have any, with a band from the lowest to the highest. A run is its lines, as
-            in `metrics.jsonl` and `validation.jsonl`: mappings with `step`, `seconds`, and any of the panels' keys.
+            [`read_log`] reads them: mappings with `step`, `seconds`, and any of the panels' keys. A value that is no
+            finite number is left out.
         x (`str`, defaults to `"step"`): or `"seconds"`.
         panels: what to show of them. One whose key is in no line is left out.
 
@@ -219,7 +255,7 @@ def plot_training_curves(
 def _training_curve(runs: Sequence[Sequence[Mapping]], x: str, panel: Panel) -> Curve:
     points, least = [], 0
     for lines in runs:
-        lines = [line for line in lines if math.isfinite(line.get(panel.key, math.nan))]
+        lines = [line for line in lines if is_finite(line.get(panel.key))]
         values = [line[panel.key] for line in lines]
         values = _running_median(values) if panel.running_median else values
         points += [(line["step"], line[x], value) for line, value in zip(lines, values, strict=True)]
@@ -274,7 +310,8 @@ def save_quality(path: str | Path, curves: Points, points: Points, ylabel: str):
 @style.context(["default", _STYLE])
 def plot_quality(curves: Points, points: Points, ylabel: str) -> Figure:
     """
-    Quality against cost, on logarithmic axes.
+    Quality against cost, on logarithmic axes. Points whose calls or value are not above 0 have no place there: they
+    are left out, and so is a label without any other.
 
     Args:
         curves: for every label pairs of calls of the network and a value; those with the same calls become their mean
@@ -282,7 +319,13 @@ def plot_quality(curves: Points, points: Points, ylabel: str) -> Figure:
         points: the same, drawn as markers alone, with a line from the lowest to the highest; side by side, since
             students have the same calls.
         ylabel (`str`): what the value is.
+
+    Raises:
+        InputError: if no point is left.
     """
+    curves, points = _positive(curves), _positive(points)
+    if not curves and not points:
+        raise InputError("curves and points have no value above 0, as a logarithmic axis needs; pass others.")
     figure, (axes,) = _figure(1)
     looks = _looks(curves) | _looks(points, first=len(curves), points=True)
     merged = {name: Curve.of((calls, calls, y) for calls, y in some) for name, some in {**curves, **points}.items()}
@@ -295,6 +338,14 @@ def plot_quality(curves: Points, points: Points, ylabel: str) -> Figure:
     several = any(curve.low != curve.high for curve in merged.values())
     _legend(figure, looks, "mean, and range from lowest to highest" if several else None)
     return figure
+
+
+def _positive(some: Points) -> dict[str, list[tuple[float, float]]]:
+    kept = {
+        label: [(calls, y) for calls, y in pairs if calls > 0 and is_finite(y) and y > 0]
+        for label, pairs in some.items()
+    }
+    return {label: pairs for label, pairs in kept.items() if pairs}
 
 
 def save_figure(figure: Figure, path: str | Path):

@@ -1,6 +1,7 @@
 """What a run shows of itself: pictures while it trains; pictures, figures and the model card at its end."""
 
 import json
+import logging
 import textwrap
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from ..training.loop import METRICS_FILE
 from ..trajectory import TrajectoryModel
 from .diagnostics import validation_figures
 from .digits import DigitClassifier, digit_of
-from .figures import save_loss_curve, save_same_seed, save_trajectory
+from .figures import read_log, save_loss_curve, save_same_seed, save_trajectory
 from .provenance import describe_compute, describe_teacher, teacher_card, versions
 from .same_seed import SameSeedSamples, draw_starts, measure_speedup, same_seed_samples, teacher_trajectory
+
+logger = logging.getLogger(__name__)
 
 HEUN_STEPS = 40
 HEUN_STEPS_FOR_SPEED = 35
@@ -229,5 +232,8 @@ class RunReport:
         save_trajectory(self.folder / "trajectory.png", sigmas, states, points, title, teacher.decode)
 
     def _metrics(self) -> list[dict]:
-        path = self.folder / METRICS_FILE
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        try:
+            return read_log(self.folder / METRICS_FILE)
+        except InputError as error:  # a full disk may have left half a line
+            logger.warning("loss.png is not drawn: %s", error)
+            return []

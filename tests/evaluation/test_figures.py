@@ -25,6 +25,7 @@ from pid_diffusers.evaluation.figures import (
     plot_quality,
     plot_residuals,
     plot_training_curves,
+    read_log,
     save_grids,
     save_quality,
     save_training_curves,
@@ -61,14 +62,18 @@ def results(model: str, calls: int, fid: float | None, sampler: str = "pipeline"
     """What is drawn of a file of `pid-diffusers evaluate`."""
     settings = {
         "model": model,
+        "model_sha256": model,
         "pipeline": "OneStepPIDPipeline" if calls == 1 else "ConsistencyModelPipeline",
         "sampler": sampler,
         "scheduler": "EDMEulerScheduler",
+        "guidance_scale": None,
+        "dtype": "float32",
         "network_calls_per_sample": calls,
         "num_samples": 1797,
         "reference_digest": "a",
         "extractor": "digits",
         "extractor_sha256": "b",
+        "prompts_sha256": None,
         **protocol,
     }
     reasons = {"fid": "100 samples are too few."} if fid is None else {}
@@ -201,6 +206,23 @@ def test_an_axis_of_a_small_range_has_numbers_too():
     assert len(shown) >= 3
 
 
+def test_points_at_or_below_0_are_left_out_of_quality_and_labels_without_others_with_them():
+    curves = {"Heun": [(2, 1.0), (4, 3.0), (4, 0.0), (8, 0.0), (0, 0.5)], "Euler": [(1, -0.1), (2, math.nan)]}
+    (axes,) = plot_quality(curves, {"A": [(1, 0.2)], "B": [(1, None)]}, "FID").axes
+    assert lines_of(axes) == {"Heun": ([2, 4], [1.0, 3.0]), "A": ([1.0], [0.2])}
+    with pytest.raises(InputError, match="no value above 0"):
+        plot_quality({"Heun": [(2, 0.0)]}, {}, "FID")
+
+
+def test_values_that_are_no_numbers_are_left_out_of_training_curves():
+    lines = run_lines()
+    for line, value in ((lines[4], None), (lines[1], "nan")):
+        line[{"rms_distance", "loss"}.intersection(line).pop()] = value
+    distance, loss = plot_training_curves({"A": [lines]}).axes
+    assert lines_of(distance)["A"] == ([40], [2 / 40])
+    assert lines_of(loss)["A"][0] == [10, 30, 40]
+
+
 def test_a_mean_without_enough_runs_is_left_out():
     assert Curve.of([(1, 1, 2.0), (1, 1, 4.0), (2, 2, 5.0)], least=2) == Curve([1], [3.0], [2.0], [4.0])
     assert Curve.of([(1, 1, math.nan)]) == Curve([], [], [], [])
@@ -232,6 +254,25 @@ def test_a_picture_is_opaque_and_the_text_of_an_svg_is_text(tmp_path):
 def test_a_path_with_a_suffix_is_the_only_file(tmp_path):
     save_quality(tmp_path / "q.svg", {"teacher": [(2, 1.0)]}, {}, "FID")
     assert [path.name for path in tmp_path.iterdir()] == ["q.svg"]
+
+
+def test_a_log_is_read_without_the_line_that_a_killed_run_has_cut_short(tmp_path):
+    log, line = tmp_path / "metrics.jsonl", '{"step": 1, "seconds": 0.5, "loss": null}'
+    assert read_log(log) == []
+    for end in ("", "\n", '\n{"step": 2, "sec', "\n\0\0\0"):
+        log.write_text(line + end)
+        assert read_log(log) == [{"step": 1, "seconds": 0.5, "loss": None}]
+    log.write_text('{"st')
+    assert read_log(log) == []
+
+
+@pytest.mark.parametrize("broken", ['{"step": 2, "sec', "", "3", '{"step": 2}', '{"step": 2, "seconds": null}'])
+def test_a_broken_line_inside_a_log_is_named(broken, tmp_path):
+    line = '{"step": 1, "seconds": 0.5}\n'
+    (tmp_path / "metrics.jsonl").write_text(line + broken + "\n" + line)
+    with pytest.raises(InputError, match=r"metrics.jsonl', whose line 2 is no JSON object") as raised:
+        read_log(tmp_path / "metrics.jsonl")
+    assert "remove" not in str(raised.value)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -322,6 +363,106 @@ def test_a_run_without_logs_or_diagnostics_is_named_and_left_out_of_the_curves(t
     assert "bare" not in texts(tmp_path / "f" / "training_steps.svg")
 
 
+def test_a_damaged_run_alone_is_left_out(tmp_path):
+    for name, file, damage in (
+        ("cut", "metrics.jsonl", lambda text: text + '{"step": 50, "sec'),
+        ("inner", "validation.jsonl", lambda text: '{"step": 5\n' + text),
+        ("keyless", "diagnostics.json", lambda text: text.replace('"value"', '"unit"')),
+    ):
+        save_run(tmp_path / name)
+        (tmp_path / name / file).write_text(damage((tmp_path / name / file).read_text()))
+    told, names = [], ["cut", "inner", "keyless"]
+    draw_figures(
+        [str(tmp_path / name) for name in names],
+        output=str(tmp_path / "f"),
+        only=["training_steps", "residual", "distance_cost"],
+        report=told.append,
+    )
+    place = tmp_path / "inner"
+    assert f", without {place} (path is {str(place / 'validation.jsonl')!r}, whose line 1 is no JSON" in told[0]
+    for line in told[1:]:
+        assert f", without {tmp_path / 'keyless'} (run is" in line and "is not one that 'pid-diffusers" in line
+    shown = {
+        name: set(names).intersection(texts(tmp_path / "f" / f"{name}.svg").splitlines())
+        for name in ("training_steps", "residual", "distance_cost")
+    }
+    both = {"cut", "inner"}
+    assert shown == {"training_steps": {"cut", "keyless"}, "residual": both, "distance_cost": both}
+
+
+def draw_quality(folder, files: dict[str, dict]) -> list[str]:
+    """The labels of `quality`, drawn of results in files of these names."""
+    for name, found in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(found))
+    draw_figures([], results=[str(folder / name) for name in files], output=str(folder / "f"), only=["quality"])
+    return texts(folder / "f" / "quality.svg").splitlines()
+
+
+def test_only_files_that_differ_in_calls_and_seed_alone_are_one_curve(tmp_path):
+    said = draw_quality(
+        tmp_path,
+        {
+            "one.json": results("student", 1, 0.2, seed=0),
+            "two.json": results("student", 1, 0.3, seed=5000),
+            "few.json": results("teacher", 2, 3.0, "heun", num_inference_steps=1),
+            "many.json": results("teacher", 8, 0.3, "heun", num_inference_steps=4),
+        },
+    )
+    assert said.count("student") == said.count("teacher, heun") == 1
+    assert "mean, and range from" in said
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "labels"),
+    [
+        ({"guidance_scale": 3.0}, {"guidance_scale": 7.5}, {"m, w = 3", "m, w = 7.5"}),
+        ({"guidance_scale": 3.0}, {"guidance_scale": None}, {"m, w = 3", "m"}),
+        ({}, {"dtype": "float16"}, {"m, float32", "m, float16"}),
+        ({}, {"model_sha256": "other"}, {"m, a.json", "m, b.json"}),
+        ({"guidance_scale": 3.0}, {"guidance_scale": 3.0, "model_sha256": "other"}, {"m, a.json", "m, b.json"}),
+    ],
+)
+def test_models_of_one_name_are_labeled_by_what_differs(first, second, labels, tmp_path):
+    said = draw_quality(tmp_path, {"a.json": results("m", 1, 0.1, **first), "b.json": results("m", 1, 0.4, **second)})
+    assert labels == {text for text in said if text.startswith("m") and not text.startswith("mean")}
+    assert "mean, and range" not in "\n".join(said)  # of nothing
+
+
+def test_models_in_files_of_one_name_are_labeled_by_their_folders_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = [results("m", 4, 0.1, "heun", model_sha256=key) for key in "pq"]
+    found = {"p/r.json": others[0], "q/r.json": others[1], "r.json": results("m", 4, 0.1, "heun", dtype="float16")}
+    for name, one in found.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(one))
+    draw_figures([], results=list(found), only=["quality"])
+    said = set(texts(tmp_path / "figures" / "quality.svg").splitlines())
+    assert {"m, heun, float16", "m, heun, float32, p/r.json", "m, heun, float32, q/r.json"} <= said
+
+
+@pytest.mark.parametrize("lacking", ["repeats", "reasons", "model_sha256", "prompts_sha256", "guidance_scale"])
+def test_results_that_lack_something_get_one_sentence(lacking, tmp_path):
+    found = results("m", 1, None)
+    found.pop(lacking, None)
+    found["protocol"].pop(lacking, None)
+    (tmp_path / "r.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match="r.json', which is no file that 'pid-diffusers evaluate' wrote"):
+        draw_figures([], results=[str(tmp_path / "r.json")], output=str(tmp_path / "f"))
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [(None, "teacher", None), ("residual", "rms", [0.1]), ("trajectory", "sigmas", None), ("worth", "distance", None)],
+)
+def test_diagnostics_that_lack_something_get_one_sentence(part, key, value, tmp_path):
+    run, found = save_run(tmp_path / "a"), diagnostics()
+    (found[part] if part else found)[key] = value
+    (tmp_path / "a" / "diagnostics.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match="whose diagnostics.json is not one that 'pid-diffusers diagnose' wrote"):
+        draw_figures([run], output=str(tmp_path / "f"), only=["residual", "distance_cost"])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -338,11 +479,15 @@ def test_a_run_without_logs_or_diagnostics_is_named_and_left_out_of_the_curves(t
         ({"output": "taken"}, "output is 'taken', which holds residual.svg already"),
         ({"only": ["quality"]}, "nothing can be drawn; quality: there are no --results"),
         ({"runs": ["broken"], "only": ["residual"]}, "whose diagnostics.json is not one that"),
-        ({"runs": ["broken"], "only": ["training_time"]}, "whose metrics.jsonl is not one JSON object a line"),
+        (
+            {"runs": ["broken"], "only": ["training_time"]},
+            "metrics.jsonl', whose line 1 is no JSON object with numbers",
+        ),
         (
             {"results": ["a.json", "b.json"], "only": ["quality"]},
             "'a.json' and 'b.json' differ in extractor_sha256, so that their FIDs cannot be compared",
         ),
+        ({"results": ["b.json", "c.json"], "only": ["quality"]}, "'b.json' and 'c.json' differ in prompts_sha256"),
     ],
 )
 def test_what_cannot_be_drawn_gets_one_sentence(given, message, tmp_path, monkeypatch, capsys):
@@ -353,9 +498,13 @@ def test_what_cannot_be_drawn_gets_one_sentence(given, message, tmp_path, monkey
     (tmp_path / "taken" / "residual.svg").touch()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "diagnostics.json").write_text('{"model": "x"}')
-    (tmp_path / "broken" / "metrics.jsonl").write_text('{"step": 1, "sec')
-    for name in "ab":
-        (tmp_path / f"{name}.json").write_text(json.dumps(results("m", 1, 0.1, extractor_sha256=name)))
+    (tmp_path / "broken" / "metrics.jsonl").write_text('{"step": 1, "sec\n{"step": 2, "seconds": 1}\n')
+    for name, protocol in (
+        ("a", {}),
+        ("b", {"extractor_sha256": "c"}),
+        ("c", {"extractor_sha256": "c", "prompts_sha256": "d"}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results("m", 1, 0.1, **protocol)))
     given = {"runs": ["run"], **given}
     arguments = ["figures", *given.pop("runs")]
     for name, value in given.items():
