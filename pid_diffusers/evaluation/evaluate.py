@@ -1,6 +1,7 @@
 """How good a model is, by the same protocol for every pipeline: samples, their features, and the metrics of these."""
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from ..errors import InputError
 from ..precision import widest_float
 from ..text import load_prompts
 from .config import DTYPES, METRICS, EvaluationConfig
-from .extractors import extract, load_extractor
+from .extractors import extract, extractor_settings, load_extractor
 from .features import PART, open_work_folder, read_features, write_features
 from .generate import Samples, digest, load_model, model_digest
 from .metrics import (
@@ -38,7 +39,7 @@ from .metrics import (
     neighbour_radii,
 )
 from .provenance import describe_compute, versions
-from .references import Reference, load_reference, save_features
+from .references import Reference, holds_features, load_reference, save_features
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def evaluate(config: EvaluationConfig, pipeline: DiffusionPipeline | None = None
     """
     start = time.perf_counter()
     output = Path(config.output)
-    _check(config, output)
+    work = _check(config, output)
     # the first process may be alone for hours, with the metrics or with files that others have done already
     on_cpu = config.device == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))
@@ -102,7 +103,8 @@ def evaluate(config: EvaluationConfig, pipeline: DiffusionPipeline | None = None
         image, calls = samples[0].probe()
         shape = tuple(image.shape[1:])
         probe = extract(extractor, image.expand(PART, -1, -1, -1).to(device))
-        width, made_by = probe["features"].shape[1], digest(extractor, settings={"class": _name(extractor)})
+        width = probe["features"].shape[1]
+        made_by = digest(extractor, settings=extractor_settings(extractor, config.extractor))
         reference.check(shape, width, made_by)
         reasons = _reasons(config, reference, width, "logits" in probe, scorer is not None)
         if state.is_main_process:
@@ -122,7 +124,7 @@ def evaluate(config: EvaluationConfig, pipeline: DiffusionPipeline | None = None
             "dtype": str(samples[0].network.dtype).removeprefix("torch."),
             "reference": _last_part(config.reference),
             "reference_kind": reference.kind,
-            "reference_digest": _reference_digest(reference),
+            "reference_digest": reference.digest,
             "extractor": config.extractor,
             "extractor_weights": config.extractor_weights and _last_part(config.extractor_weights),
             "extractor_sha256": made_by,
@@ -132,9 +134,13 @@ def evaluate(config: EvaluationConfig, pipeline: DiffusionPipeline | None = None
             "prompts": None if prompts is None else _last_part(config.prompts),
             "prompts_sha256": None if prompts is None else hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         }
-        work = output.with_suffix(".work")
-        work_settings = settings | {"save_images": config.save_images and os.path.abspath(config.save_images)}
         _check_pictures(config, work)
+        _check_saved_reference(config, made_by, settings["reference_digest"])
+        # figures do not depend on where samples are saved, nor samples on the batch size but for their last bits
+        work_settings = settings | {
+            "batch_size": config.batch_size,
+            "save_images": config.save_images and os.path.abspath(config.save_images),
+        }
         open_work_folder(work, json.loads(json.dumps(work_settings)), state)
         if reference.images is not None:
             write_features(reference.images, extractor, work / "reference", state, device, "reference")
@@ -168,8 +174,9 @@ def evaluate(config: EvaluationConfig, pipeline: DiffusionPipeline | None = None
         "seconds": round(time.perf_counter() - start, 1),
         "versions": versions(),
     }
-    if config.save_reference is not None:
-        save_features(config.save_reference, reference.features, shape, made_by)
+    # the output comes last: until then the same command continues
+    if config.save_reference is not None and not os.path.exists(config.save_reference):
+        save_features(config.save_reference, reference.features, shape, made_by, settings["reference_digest"])
     partial = Path(f"{output}.partial")
     partial.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(output)
@@ -189,7 +196,13 @@ class _Scorer:
         return clip_similarity(features.cpu(), self.clip.text_features(self.samples.prompts_of(numbers)).cpu())
 
 
-def _check(config: EvaluationConfig, output: Path):
+def _check(config: EvaluationConfig, output: Path) -> Path:
+    """Raises for what can be told from the settings alone; returns the work folder."""
+    if importlib.util.find_spec("torch_fidelity") is None:
+        raise InputError(
+            "evaluate needs the package 'torch_fidelity', which is not installed; pip install"
+            " 'pid_diffusers[evaluation]'."
+        )
     lowest = {"num_samples": 2, "batch_size": 1, "repeats": 1, "num_inference_steps": 1, "seed": 0}
     for name, least in lowest.items():
         value = getattr(config, name)
@@ -199,6 +212,16 @@ def _check(config: EvaluationConfig, output: Path):
         raise InputError(f"dtype is {config.dtype!r}; choose one of {', '.join(DTYPES)}.")
     if output.exists():
         raise InputError(f"output is {config.output!r}, which exists already; pass another, or remove it.")
+    work = output.with_suffix(".work")
+    if work == output:
+        raise InputError(
+            f"output is {config.output!r}, which is also the name of its work folder; pass one that ends otherwise."
+        )
+    if work.is_file():
+        raise InputError(
+            f"output is {config.output!r}, which needs a folder {work.name} beside it, but that is a file; pass"
+            " another, or remove it."
+        )
     for name in ("output", "save_reference"):
         value = getattr(config, name)
         if value is not None and not Path(value).absolute().parent.is_dir():
@@ -206,16 +229,41 @@ def _check(config: EvaluationConfig, output: Path):
     if config.save_reference is not None:
         if not config.save_reference.endswith(".safetensors"):
             raise InputError(f"save_reference is {config.save_reference!r}; pass a name that ends in .safetensors.")
-        if os.path.exists(config.save_reference):
-            raise InputError(f"save_reference is {config.save_reference!r}, which exists already; pass another.")
+        if os.path.exists(config.save_reference) and not work.exists():
+            _refuse_saved_reference(config)
+    if config.save_images is not None:
+        places = Path(os.path.abspath(config.save_images))
+        places = (places, *places.parents)
+        if Path(os.path.abspath(work)) in places:
+            raise InputError(
+                f"save_images is {config.save_images!r}, which is removed at the end with {work.name}; pass another"
+                " folder."
+            )
+        nearest = next(place for place in places if place.exists())
+        if not nearest.is_dir():
+            raise InputError(
+                f"save_images is {config.save_images!r}, but {nearest.name} is a file; pass another folder."
+            )
+    return work
 
 
 def _check_pictures(config: EvaluationConfig, work: Path):
     folder = None if config.save_images is None else Path(config.save_images)
     if folder is None or work.exists():  # of the evaluation that continues
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and any(folder.iterdir()):
         raise InputError(f"save_images is {config.save_images!r}, which exists and is not empty; pass another folder.")
+
+
+def _check_saved_reference(config: EvaluationConfig, extractor: str, images_digest: str):
+    path = config.save_reference
+    # an evaluation that was interrupted at its very end has written it
+    if path is not None and os.path.exists(path) and not holds_features(path, extractor, images_digest):
+        _refuse_saved_reference(config)
+
+
+def _refuse_saved_reference(config: EvaluationConfig):
+    raise InputError(f"save_reference is {config.save_reference!r}, which exists already; pass another, or remove it.")
 
 
 def _device(name: str | None, state: PartialState) -> torch.device:
@@ -333,20 +381,6 @@ def _constants(config: EvaluationConfig, reference: Reference, prompts: list[str
         "precision_recall_neighbours": PRECISION_NEIGHBOURS,
         "density_coverage_neighbours": DENSITY_NEIGHBOURS,
     }
-
-
-def _reference_digest(reference: Reference) -> str:
-    if reference.images is not None:
-        return reference.images.digest
-    if reference.features is not None:
-        return hashlib.sha256(reference.features.numpy()).hexdigest()
-    content = hashlib.sha256(reference.gaussian.mu.numpy())
-    content.update(reference.gaussian.sigma.numpy())
-    return content.hexdigest()
-
-
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}:{type(module).__qualname__}"
 
 
 def _last_part(place: str) -> str:

@@ -1,5 +1,6 @@
 """What turns images into features: `inception`, `dinov2`, `clip`, `digits`, or any `nn.Module` by its import path."""
 
+import hashlib
 import importlib
 import inspect
 import os
@@ -143,7 +144,8 @@ EXTRACTORS = {
 def load_extractor(name: str, weights: str | None = None) -> nn.Module:
     """
     A feature extractor: called with uint8 images `(B, 3, H, W)` it returns features `(B, D)`, or a tuple of features
-    and a classifier's logits. With a method `text_features(prompts)` it can give a CLIP score as well.
+    and, where it has them, a classifier's logits `(B, K)`. With a method `text_features(prompts)` it can give a CLIP
+    score as well.
 
     Args:
         name (`str`): `inception`, `dinov2`, `clip`, `digits`, or `module:Class`, an `nn.Module` that is made without
@@ -173,7 +175,7 @@ def load_extractor(name: str, weights: str | None = None) -> nn.Module:
         ) from error
     except Exception as error:
         raise InputError(
-            f"extractor is {name!r}, which cannot be made ({type(error).__name__}: {_line(error)}); correct it, or"
+            f"extractor is {name!r}, which cannot be made ({_reason(error)}); correct it, or"
             f" choose one of {', '.join(EXTRACTORS)}."
         ) from error
     if not isinstance(extractor, nn.Module):
@@ -197,20 +199,48 @@ def extract(extractor: nn.Module, images: torch.Tensor) -> dict[str, torch.Tenso
         output = extractor(images.expand(-1, 3, -1, -1))
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # whatever a class of one's own raises
         raise InputError(
             f"extractor {name} cannot take uint8 images of shape {(len(images), 3, *images.shape[2:])}"
-            f" ({_line(error)}); pass one that can."
+            f" ({_reason(error)}); pass one that can."
         ) from error
-    features, logits = output if isinstance(output, tuple) and len(output) == 2 else (output, None)
+    features, logits = output, None
+    if isinstance(output, tuple) and len(output) in (1, 2):
+        features, logits = (*output, None)[:2]
     if not isinstance(features, torch.Tensor) or features.ndim != 2 or len(features) != len(images):
         what = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
         raise InputError(f"extractor {name} returns {what} for {len(images)} images; it must return (B, D) features.")
+    if logits is not None and not (
+        isinstance(logits, torch.Tensor) and logits.ndim == 2 and len(logits) == len(images)
+    ):
+        what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise InputError(
+            f"extractor {name} returns {what} as logits for {len(images)} images; they must be (B, K), or left out."
+        )
     found = {"features": features} if logits is None else {"features": features, "logits": logits}
     for what, value in found.items():
         if not value.isfinite().all():
             raise InputError(f"extractor {name} returns {what} that are not finite; check its weights.")
     return {what: value.detach().float() for what, value in found.items()}
+
+
+def extractor_settings(extractor: nn.Module, name: str) -> dict:
+    """
+    What features depend on beside the weights: the class and, of one's own, SHA-256 of the source of its module.
+
+    Args:
+        extractor (`nn.Module`), name (`str`): what [`load_extractor`] returned, and got.
+    """
+    settings = {"class": f"{type(extractor).__module__}:{type(extractor).__qualname__}"}
+    if name in EXTRACTORS:
+        return settings
+    sources = []
+    for module in sorted({name.partition(":")[0], type(extractor).__module__}):  # the first may be of a function
+        try:
+            sources.append(inspect.getsource(sys.modules.get(module)))
+        except (OSError, TypeError):  # compiled and generated modules have none
+            continue
+    return settings | {"source": hashlib.sha256("\0".join(sources).encode()).hexdigest()}
 
 
 def _import_class(name: str) -> type:
@@ -224,10 +254,10 @@ def _import_class(name: str) -> type:
         sys.path.insert(0, os.getcwd())  # a command has its own folder there instead
     try:
         return getattr(importlib.import_module(module), cls)
-    except (ImportError, AttributeError) as error:
+    except (Exception, SystemExit) as error:  # whatever the module does, such as run a command at its end
         raise InputError(
-            f"extractor is {name!r}, which cannot be imported ({error}); pass module:Class, a module on the Python"
-            " path and a class in it."
+            f"extractor is {name!r}, which cannot be imported ({_reason(error)}); pass"
+            " module:Class, a module on the Python path and a class in it."
         ) from error
 
 
@@ -253,5 +283,9 @@ def _from_pretrained(cls: type, weights: str, **kwargs):
         ) from error
 
 
-def _line(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {_line(error)}".removesuffix(": ")
+
+
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".")[:300]

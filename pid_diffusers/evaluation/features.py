@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
@@ -63,7 +64,8 @@ def write_features(
     missing = broadcast_object_list(missing)[0]
     share = -(-len(missing) // state.num_processes)
     mine = missing[state.process_index * share : (state.process_index + 1) * share]
-    with tqdm(total=len(mine) * PART, desc=description, unit="image", disable=not state.is_main_process) as progress:
+    total = sum(min(PART, len(images) - part * PART) for part in mine)
+    with tqdm(total=total, desc=description, unit="image", disable=not state.is_main_process) as progress:
         for first, last in _runs(mine):
             for part, batch in enumerate(_parts(images, first * PART, min(last * PART, len(images))), first):
                 numbers = range(part * PART, part * PART + len(batch))
@@ -79,7 +81,7 @@ def write_features(
                 partial = folder / f"{_name(part)}.partial"
                 save_file(found, partial)
                 partial.replace(folder / _name(part))
-                progress.update(PART)
+                progress.update(len(batch))
     state.wait_for_everyone()
 
 
@@ -98,7 +100,13 @@ def open_work_folder(folder: Path, protocol: dict, state: PartialState):
     """
     path = folder / "protocol.json"
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"output has a work folder beside it, {folder.name}, whose {path.name} cannot be read; remove the"
+                " folder, or pass another output."
+            ) from error
         changed = sorted(name for name in protocol | before if protocol.get(name) != before.get(name))
         if changed:
             raise InputError(
@@ -155,4 +163,8 @@ def _name(part: int) -> str:
 
 
 def _is_complete(folder: Path, part: int) -> bool:
-    return (folder / _name(part)).exists()
+    try:
+        with safe_open(folder / _name(part), "pt"):
+            return True
+    except (FileNotFoundError, SafetensorError):  # a part can be cut off when the power fails
+        return False

@@ -20,6 +20,8 @@ _CHANNELS = {"1": 1, "L": 1, "RGB": 3, "P": 3, "CMYK": 3, "YCbCr": 3}
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow"}
 _FILES = (".npz", ".safetensors", ".zip", ".tar", *_BUILDERS)
 _NUM_NAMED = 5
+# what Pillow raises of a broken file
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class ImageFolder:
@@ -46,7 +48,7 @@ class ImageFolder:
                 with Image.open(path) as image:
                     sizes.setdefault(image.size, path)
                     modes.setdefault(image.mode, path)
-            except (OSError, ValueError, Image.DecompressionBombError):
+            except _UNREADABLE:
                 self._refuse_unreadable()
         self.shape = _shape(sizes, modes, str(folder), lambda path: str(path.relative_to(self.folder)))
 
@@ -55,11 +57,12 @@ class ImageFolder:
 
     @property
     def digest(self) -> str:
-        """Changes if the folder does."""
+        """SHA-256 of the names of the files in the folder and of their bytes: that of any copy of the folder."""
         content = hashlib.sha256()
         for path in self.paths:
-            stat = path.stat()
-            content.update(f"{path.relative_to(self.folder)}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+            with path.open("rb") as file:
+                content.update(hashlib.file_digest(file, "sha256").digest())
+            content.update(os.fsencode(path.relative_to(self.folder).as_posix()) + b"\0")
         return content.hexdigest()
 
     def stream(self, first: int, last: int) -> Iterator[torch.Tensor]:
@@ -68,7 +71,7 @@ class ImageFolder:
             try:
                 with Image.open(path) as image:
                     yield _to_tensor(image, self.shape[0])
-            except (OSError, ValueError, SyntaxError):
+            except _UNREADABLE:
                 self._refuse_unreadable()
 
     def _refuse_unreadable(self):
@@ -77,13 +80,9 @@ class ImageFolder:
             try:
                 with Image.open(path) as image:
                     image.load()
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except _UNREADABLE:
                 broken.append(str(path.relative_to(self.folder)))
-        more = f" and {len(broken) - _NUM_NAMED} more" if len(broken) > _NUM_NAMED else ""
-        raise InputError(
-            f"reference is {str(self.folder)!r}, of whose {len(self.paths)} images {len(broken)} cannot be read"
-            f" ({', '.join(broken[:_NUM_NAMED])}{more}); repair or remove them."
-        )
+        raise _unreadable(str(self.folder), len(self), broken)
 
 
 class ImageArray:
@@ -95,7 +94,7 @@ class ImageArray:
                 f"reference is {name!r}, whose arr_0 has shape {images.shape} and type {images.dtype}; it must be"
                 " uint8 images (N, H, W, 3)."
             )
-        self.images = images
+        self.images = np.ascontiguousarray(images)
         self.shape = (images.shape[3], *images.shape[1:3])
 
     def __len__(self) -> int:
@@ -121,7 +120,8 @@ class DatasetImages:
         split (`str`, defaults to `"train"`), column (`str`, *optional*): default: the first one with images.
 
     Raises:
-        InputError: if it cannot be loaded, has no such column, or images of several sizes.
+        InputError: if it cannot be loaded, has no such column, rows without an image or with one that cannot be read,
+            or images of several sizes.
     """
 
     def __init__(self, name: str, split: str = "train", column: str | None = None):
@@ -152,11 +152,16 @@ class DatasetImages:
         self.dataset = self.dataset.select_columns(self.column)
         if len(self.dataset) == 0:
             raise InputError(f"reference is {name!r}, whose split {split!r} is empty; pass one with images.")
-        sizes, modes = {}, {}
-        for number in range(len(self.dataset)):
+        sizes, modes, broken = {}, {}, []
+        for number in range(len(self)):
             image = self._image(number)
+            if image is None:
+                broken.append(f"row {number}")
+                continue
             sizes.setdefault(image.size, number)
             modes.setdefault(image.mode, number)
+        if broken:
+            self._refuse_unreadable(broken)
         self.shape = _shape(sizes, modes, name, lambda number: f"row {number}")
 
     def __len__(self) -> int:
@@ -170,16 +175,20 @@ class DatasetImages:
     def stream(self, first: int, last: int) -> Iterator[torch.Tensor]:
         """The images from `first` to before `last`, one at a time: uint8, `(1, C, H, W)`."""
         for number in range(first, last):
-            yield _to_tensor(self._image(number), self.shape[0])
+            image = self._image(number)
+            if image is None:  # files that a data set refers to can change
+                self._refuse_unreadable([f"row {number}"])
+            yield _to_tensor(image, self.shape[0])
 
-    def _image(self, number: int) -> Image.Image:
+    def _image(self, number: int) -> Image.Image | None:
+        """That of a row; `None` if it has none, or one that cannot be read."""
         try:
             return self.dataset[number][self.column]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise InputError(
-                f"reference is {self.name!r}, whose image in row {number} (the first is 0) cannot be read; repair or"
-                " remove it."
-            ) from error
+        except _UNREADABLE:
+            return None
+
+    def _refuse_unreadable(self, broken: list[str]):
+        raise _unreadable(self.name, len(self), broken, note="; the first is row 0")
 
 
 @dataclass
@@ -194,7 +203,8 @@ class Reference:
         gaussian (`Gaussian`, *optional*): mean and covariance, from a file.
         features (`torch.Tensor` of shape `(M, D)`, *optional*): from a file.
         shape (`tuple[int, int, int]`, *optional*): (C, H, W) of the images, where it is known.
-        extractor (`str`, *optional*): a digest of the extractor's weights that made `features`.
+        extractor (`str`, *optional*): a digest of the extractor that made `features`.
+        images_digest (`str`, *optional*): the digest of the images that they were made of.
     """
 
     name: str
@@ -204,6 +214,18 @@ class Reference:
     features: torch.Tensor | None = None
     shape: tuple[int, int, int] | None = None
     extractor: str | None = None
+    images_digest: str | None = None
+
+    @property
+    def digest(self) -> str:
+        """That of the images, also where only their features are here; of statistics, SHA-256 of their numbers."""
+        if self.images is not None:
+            return self.images.digest
+        if self.images_digest is not None:
+            return self.images_digest
+        content = hashlib.sha256(self.gaussian.mu.numpy())
+        content.update(self.gaussian.sigma.numpy())
+        return content.hexdigest()
 
     def check(self, shape: tuple[int, int, int], width: int, extractor: str):
         """
@@ -212,7 +234,7 @@ class Reference:
         Args:
             shape (`tuple[int, int, int]`): (C, H, W) of the samples.
             width (`int`): D, the number of features.
-            extractor (`str`): a digest of the extractor's weights.
+            extractor (`str`): a digest of the extractor.
         """
         if self.shape is not None and tuple(self.shape) != tuple(shape):
             raise InputError(
@@ -269,17 +291,34 @@ def load_reference(reference: str, split: str = "train", column: str | None = No
     return Reference(reference, "dataset", images, shape=images.shape)
 
 
-def save_features(path: str | Path, features: torch.Tensor, shape: tuple[int, int, int], extractor: str):
-    """Writes features `(M, D)` of images of `shape` as a reference, with the digest of the extractor's weights."""
+def save_features(
+    path: str | Path, features: torch.Tensor, shape: tuple[int, int, int], extractor: str, images_digest: str
+):
+    """
+    Writes features as a reference, all of the file or nothing.
+
+    Args:
+        path (`str` or `Path`): the file.
+        features (`torch.Tensor` of shape `(M, D)`): of all images.
+        shape (`tuple[int, int, int]`): (C, H, W) of an image.
+        extractor (`str`), images_digest (`str`): digests of what made the features, and of what they were made of.
+    """
     from safetensors.torch import save_file
 
+    metadata = {"extractor": extractor, "images_digest": images_digest, "shape": " ".join(map(str, shape))}
     partial = Path(f"{path}.partial")
-    save_file(
-        {"features": features.cpu()},
-        partial,
-        metadata={"extractor": extractor, "shape": " ".join(map(str, shape))},
-    )
+    save_file({"features": features.cpu()}, partial, metadata=metadata)
     partial.replace(path)
+
+
+def holds_features(path: str | Path, extractor: str, images_digest: str) -> bool:
+    """Whether a file is what [`save_features`] writes with these digests."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError):
+        return False
+    return (metadata.get("extractor"), metadata.get("images_digest")) == (extractor, images_digest)
 
 
 def _statistics(name: str) -> Reference:
@@ -291,21 +330,31 @@ def _statistics(name: str) -> Reference:
     images = ImageArray(found["arr_0"], name) if "arr_0" in found else None
     gaussian = None
     if "mu" in found and "sigma" in found:
-        mu, sigma = found["mu"], found["sigma"]
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-            raise InputError(
-                f"reference is {name!r}, whose mu and sigma have the shapes {mu.shape} and {sigma.shape}; they must be"
-                " (D,) and (D, D) numbers."
-            )
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise InputError(f"reference is {name!r}, whose mu or sigma has NaN or infinity; make it again.")
-        scale = float(np.abs(sigma).max())
-        if np.abs(sigma - sigma.T).max() > 1e-6 * scale or np.diag(sigma).min() < 0:
-            raise InputError(f"reference is {name!r}, whose sigma is no covariance; make it again.")
-        gaussian = Gaussian(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double())
+        gaussian = _gaussian(found["mu"], found["sigma"], name)
     if images is None and gaussian is None:
         raise InputError(f"reference is {name!r}, which has neither mu and sigma nor arr_0; pass EDM's or ADM's file.")
     return Reference(name, "statistics", images, gaussian, shape=images.shape if images else None)
+
+
+def _gaussian(mu: np.ndarray, sigma: np.ndarray, name: str) -> Gaussian:
+    numbers = mu.dtype.kind in "fiu" and sigma.dtype.kind in "fiu"
+    if not numbers or mu.ndim != 1 or len(mu) == 0 or sigma.shape != (len(mu), len(mu)):
+        raise InputError(
+            f"reference is {name!r}, whose mu has shape {mu.shape} and type {mu.dtype} and whose sigma has shape"
+            f" {sigma.shape} and type {sigma.dtype}; they must be real numbers (D,) and (D, D), D above 0."
+        )
+    mu, sigma = (np.ascontiguousarray(value, dtype=np.float64) for value in (mu, sigma))
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise InputError(f"reference is {name!r}, whose mu or sigma has NaN or infinity; make it again.")
+    if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
+        raise InputError(f"reference is {name!r}, whose sigma is not symmetric, so no covariance; make it again.")
+    variances = np.linalg.eigvalsh(sigma)  # in ascending order
+    if variances[0] < -1e-6 * variances[-1]:
+        raise InputError(
+            f"reference is {name!r}, whose sigma has the eigenvalue {variances[0]:.3g}, so is no covariance; make it"
+            " again."
+        )
+    return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
 
 
 def _features(name: str) -> Reference:
@@ -313,19 +362,29 @@ def _features(name: str) -> Reference:
         with safe_open(name, "pt") as file:
             metadata, features = file.metadata() or {}, file.get_tensor("features")
         shape = tuple(int(size) for size in metadata["shape"].split())
-        extractor = metadata["extractor"]
+        extractor, images_digest = metadata["extractor"], metadata["images_digest"]
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(
             f"reference is {name!r}, which is no file of reference features; pass one that save_reference wrote."
         ) from error
     if features.ndim != 2 or len(features) == 0 or not features.isfinite().all():
         raise InputError(f"reference is {name!r}, whose features are no finite (M, D) numbers; make it again.")
-    return Reference(name, "features", features=features, shape=shape, extractor=extractor)
+    return Reference(
+        name, "features", features=features, shape=shape, extractor=extractor, images_digest=images_digest
+    )
 
 
 def _is_dataset(folder: Path) -> bool:
     """Whether a folder has tables, rather than images alone."""
     return any(next(folder.rglob(f"*{ending}"), None) for ending in _BUILDERS)
+
+
+def _unreadable(name: str, count: int, broken: list[str], note: str = "") -> InputError:
+    more = f" and {len(broken) - _NUM_NAMED} more" if len(broken) > _NUM_NAMED else ""
+    return InputError(
+        f"reference is {name!r}, of whose {count} images {len(broken)} cannot be read"
+        f" ({', '.join(broken[:_NUM_NAMED])}{more}{note}); repair or remove them."
+    )
 
 
 def _to_tensor(image: Image.Image, channels: int) -> torch.Tensor:

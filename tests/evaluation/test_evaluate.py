@@ -5,6 +5,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from pid_diffusers.evaluation.generate import Samples, load_model, model_digest
 from pid_diffusers.evaluation.metrics import Gaussian, frechet_distance
 
 OWN = """
+import os
 import torch
 
 class Pixels(torch.nn.Module):
@@ -38,6 +40,17 @@ class Pixels(torch.nn.Module):
     def forward(self, images):
         x = torch.nn.functional.adaptive_avg_pool2d(images[:, :1].float() / 255, 2).flatten(1)
         return x, 9 * x
+
+class Stops(Pixels):
+    '''Interrupts an evaluation of 80 reference images after the first 64 samples, while there is a file "stop".'''
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+    def forward(self, images):
+        self.calls += 1
+        if self.calls == 5 and os.path.exists("stop"):
+            raise RuntimeError("stopped")
+        return super().forward(images)
 
 class Words(torch.nn.Module):
     '''Colours, and the same of the number of letters in a prompt.'''
@@ -217,6 +230,111 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_figures(student, set
     assert len(list(Path("samples").iterdir())) == 64 * 30 and not Path("results.work").exists()
 
 
+def interrupt(config, pipeline):
+    Path("stop").touch()
+    with pytest.raises(InputError, match="stopped"):
+        evaluate(config, pipeline)
+    Path("stop").unlink()
+    assert sorted(parts("results.work")) == ["000000.safetensors"]
+
+
+def test_an_evaluation_does_not_continue_with_another_batch_size(student, settings):
+    config = settings(extractor="mine:Stops")
+    interrupt(config, student)
+    with pytest.raises(InputError, match="of an evaluation with another batch_size; remove it"):
+        evaluate(dataclasses.replace(config, batch_size=7), student)
+    evaluate(config, student)
+
+
+def test_an_evaluation_continues_with_a_copy_of_the_reference_but_not_with_another_one(student, settings):
+    whole = evaluate(settings(output="whole.json", extractor="mine:Stops"), student)
+    config = settings(extractor="mine:Stops")
+    interrupt(config, student)
+    shutil.copytree("real", "copy", copy_function=shutil.copy)
+    shutil.rmtree("real")
+    Path("copy").rename("real")
+    Path("real/3.png").rename("3.png")
+    shutil.copy("real/4.png", "real/3.png")
+    with pytest.raises(InputError, match="of an evaluation with another reference_digest; remove it"):
+        evaluate(config, student)
+    Path("3.png").rename("real/3.png")
+    assert figures(evaluate(config, student)) == figures(whole)
+
+
+def test_an_evaluation_does_not_continue_with_an_extractor_whose_code_has_changed(student, settings):
+    config = settings(extractor="mine:Stops")
+    interrupt(config, student)
+    Path("mine.py").write_text(OWN.replace("9 * x", "10 * x"))
+    sys.modules.pop("mine")
+    with pytest.raises(InputError, match="of an evaluation with another extractor_sha256; remove it"):
+        evaluate(config, student)
+    Path("mine.py").write_text(OWN)
+    sys.modules.pop("mine")
+    evaluate(config, student)
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_files_of_features_that_are_cut_off_are_made_again(student, settings, size):
+    whole = evaluate(settings(output="whole.json", extractor="mine:Stops"), student)
+    config = settings(extractor="mine:Stops")
+    interrupt(config, student)
+    for folder in ("reference", "samples-0"):
+        part = Path(f"results.work/{folder}/000000.safetensors")
+        part.write_bytes(part.read_bytes()[:size])
+    assert figures(evaluate(config, student)) == figures(whole)
+
+
+def test_a_work_folder_whose_settings_are_cut_off_gets_a_sentence(student, settings):
+    config = settings(extractor="mine:Stops")
+    interrupt(config, student)
+    Path("results.work/protocol.json").write_bytes(b"")
+    with pytest.raises(InputError, match=r"results.work, whose protocol.json cannot be read; remove the folder"):
+        evaluate(config, student)
+
+
+def test_an_evaluation_that_ends_between_the_saved_reference_and_the_output_continues(student, settings):
+    config = settings(save_reference="real.safetensors")
+    Path("results.json.partial").mkdir()  # so that the output cannot be written
+    with pytest.raises(IsADirectoryError):
+        evaluate(config, student)
+    Path("results.json.partial").rmdir()
+    saved = Path("real.safetensors").read_bytes()
+    results = evaluate(config, student)
+    assert Path("real.safetensors").read_bytes() == saved and not Path("results.work").exists()
+    again = evaluate(settings(output="again.json", reference="real.safetensors"), student)
+    assert figures(again) == figures(results)
+    assert again["protocol"]["reference_digest"] == results["protocol"]["reference_digest"]
+
+
+def test_a_file_in_the_place_of_the_saved_reference_is_not_overwritten(student, settings):
+    Path("real.safetensors").write_bytes(b"something else")
+    config = settings(extractor="mine:Stops", save_reference="real.safetensors")
+    with pytest.raises(InputError, match="save_reference is 'real.safetensors', which exists already"):
+        evaluate(config, student)
+    Path("real.safetensors").rename("else")
+    interrupt(config, student)
+    evaluate(settings(output="other.json", save_reference="real.safetensors"), student)  # of another extractor
+    other = Path("real.safetensors").read_bytes()
+    for content in (other, b"something else"):
+        Path("real.safetensors").write_bytes(content)
+        with pytest.raises(InputError, match="save_reference is 'real.safetensors', which exists already"):
+            evaluate(config, student)
+        assert Path("real.safetensors").read_bytes() == content
+
+
+def test_the_progress_bars_count_the_images_that_there_are(student, settings, capfd):
+    evaluate(settings(), student)
+    bars = capfd.readouterr().err
+    assert "80/80" in bars and "100/100" in bars and "/128" not in bars
+
+
+def test_without_torch_fidelity_nothing_is_drawn(student, settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"'torch_fidelity', .* pip install 'pid_diffusers\[evaluation\]'"):
+        evaluate(settings(), student)
+    assert not Path("results.work").exists()
+
+
 @pytest.mark.parametrize("pipeline, scheduler", [(DDPMPipeline, DDPMScheduler), (DDIMPipeline, DDIMScheduler)])
 def test_a_pipeline_of_diffusers_that_draws_noise_at_every_step_does_not_depend_on_the_batch(
     tiny_unet, pipeline, scheduler
@@ -351,6 +469,11 @@ def test_a_sample_that_becomes_nan_later_is_named_and_there_are_no_figures(stude
         ({"save_reference": "a.safetensors", "reference": "edm.npz"}, "has no images to extract features of"),
         ({"reference": "edm.npz"}, "whose mu has 3 numbers, but the extractor gives 4 features"),
         ({"save_images": "real"}, "save_images is 'real', which exists and is not empty"),
+        ({"save_images": "mine.py"}, "save_images is 'mine.py', but mine.py is a file"),
+        ({"save_images": "mine.py/images/large"}, "save_images is 'mine.py/images/large', but mine.py is a file"),
+        ({"save_images": "results.work/images"}, "which is removed at the end with results.work"),
+        ({"output": "mine.work"}, "output is 'mine.work', which is also the name of its work folder"),
+        ({"output": "file.json"}, "which needs a folder file.work beside it, but that is a file"),
         ({"reference": "gray"}, "8 × 8 and gray, but the model's are 8 × 8 and RGB"),
         ({"reference": "large"}, "9 × 9 and RGB, but the model's are 8 × 8 and RGB"),
         ({"extractor": "nothing"}, "choose one of inception"),
@@ -367,6 +490,7 @@ def test_settings_that_cannot_work_get_a_sentence_before_the_work(student, setti
         Path(name).mkdir()
         Image.new(mode, (size, size)).save(f"{name}/0.png")
     np.savez("edm.npz", mu=np.zeros(3), sigma=np.eye(3))
+    Path("file.work").touch()
     with pytest.raises(InputError, match=reason):
         evaluate(settings(**changes), student)
     assert not Path("results.json").exists() and not Path("results.work").exists()

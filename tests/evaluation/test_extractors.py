@@ -1,6 +1,7 @@
 """Feature extractors: the known ones from files in their real formats, and classes of one's own."""
 
 import pickle
+import sys
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from transformers import (
 
 from pid_diffusers import InputError
 from pid_diffusers.evaluation.digits import NUM_HELD_OUT, load_digits
-from pid_diffusers.evaluation.extractors import extract, load_extractor
+from pid_diffusers.evaluation.extractors import extract, extractor_settings, load_extractor
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,7 @@ def test_digit_features_read_held_out_digits_of_any_size():
 
 
 OWN = """
+import functools
 import torch
 
 class Mean(torch.nn.Module):
@@ -146,6 +148,30 @@ class NoModule:
 class Raises(torch.nn.Module):
     def __init__(self):
         raise KeyError("weights")
+
+class Fails(Mean):
+    error = KeyError("weights")
+    def forward(self, images):
+        raise self.error
+
+class Asserts(Fails):
+    error = AssertionError()
+
+class Full(Fails):
+    error = torch.OutOfMemoryError("full")
+
+class Returns(Mean):
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+    def forward(self, images):
+        return super().forward(images), *self.logits
+
+OneTuple = functools.partial(Returns, ())
+NumberAsLogits = functools.partial(Returns, (7,))
+FlatLogits = functools.partial(Returns, (torch.zeros(2),))
+FewLogits = functools.partial(Returns, (torch.zeros(1, 10),))
+Triple = functools.partial(Returns, (torch.zeros(2, 10), None))
 """
 
 
@@ -153,13 +179,55 @@ class Raises(torch.nn.Module):
 def own_module(tmp_path, monkeypatch):
     (tmp_path / "features_of_mine.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    return "features_of_mine"
+    yield "features_of_mine"
+    sys.modules.pop("features_of_mine", None)
 
 
 def test_a_class_of_ones_own_is_an_extractor(own_module, images):
     found = extract(load_extractor(f"{own_module}:Mean"), images[:, :1])
     assert list(found) == ["features"]
     torch.testing.assert_close(found["features"], images[:, :1].float().mean(dim=(2, 3)).expand(-1, 3))
+
+
+def test_a_tuple_of_features_alone_is_as_good_as_features(own_module, images):
+    found = extract(load_extractor(f"{own_module}:OneTuple"), images)
+    assert list(found) == ["features"]
+    assert torch.equal(found["features"], extract(load_extractor(f"{own_module}:Mean"), images)["features"])
+
+
+def test_too_little_memory_for_an_extractor_is_not_its_mistake(own_module, images):
+    with pytest.raises(torch.OutOfMemoryError):
+        extract(load_extractor(f"{own_module}:Full"), images)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("def f(:", "SyntaxError: "),
+        ("Mean = nothing", "NameError: name 'nothing' is not defined"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("{}['weights']", "KeyError: 'weights'"),
+        ("import sys\nsys.exit(1)", "SystemExit: 1"),
+    ],
+)
+def test_a_module_that_fails_to_be_imported_gets_a_sentence(tmp_path, monkeypatch, content, reason):
+    (tmp_path / "failing_module.py").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=rf"extractor is 'failing_module:A', which cannot be imported \({reason}"):
+        load_extractor("failing_module:A")
+
+
+def test_what_features_depend_on_has_the_source_of_a_class_of_ones_own(own_module, tmp_path):
+    first = extractor_settings(load_extractor(f"{own_module}:Mean"), f"{own_module}:Mean")
+    assert extractor_settings(load_extractor(f"{own_module}:Mean"), f"{own_module}:Mean") == first
+    with (tmp_path / f"{own_module}.py").open("a") as file:
+        file.write("Mean.forward = lambda self, images: images[:, :, 0, 0].float()\n")
+    changed = extractor_settings(load_extractor(f"{own_module}:Mean"), f"{own_module}:Mean")
+    assert changed["class"] == first["class"] and changed["source"] != first["source"]
+    # of those of this package the name says it, in all its versions
+    expected = {"class": "pid_diffusers.evaluation.extractors:DigitFeatures"}
+    assert extractor_settings(load_extractor("digits"), "digits") == expected
+    assert "source" in extractor_settings(load_extractor("torch.nn:Identity"), "torch.nn:Identity")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +241,13 @@ def test_a_class_of_ones_own_is_an_extractor(own_module, images):
         ("features_of_mine:Flat", "must return"),
         ("features_of_mine:Broken", "not finite"),
         ("features_of_mine:Large", "cannot take uint8 images of shape"),
+        ("features_of_mine:Fails", r"cannot take uint8 images of shape .* \(KeyError: 'weights'\)"),
+        ("features_of_mine:Asserts", r"cannot take uint8 images of shape .* \(AssertionError\)"),
+        ("features_of_mine:NumberAsLogits", r"returns int as logits for 2 images; they must be \(B, K\)"),
+        ("features_of_mine:FlatLogits", r"returns \(2,\) as logits"),
+        ("features_of_mine:FewLogits", r"returns \(1, 10\) as logits"),
+        ("features_of_mine:Triple", "returns tuple for 2 images"),
+        (".features_of_mine:Mean", "cannot be imported"),
     ],
 )
 def test_what_is_no_extractor_gets_a_sentence(own_module, images, name, reason):

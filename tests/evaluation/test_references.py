@@ -1,5 +1,9 @@
 """What samples can be compared to, and what cannot be compared."""
 
+import io
+import os
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +73,23 @@ def test_an_image_that_ends_too_early_is_named_when_it_is_read(folder):
         all_images(load_reference(str(folder)))
 
 
+def test_the_digest_of_a_folder_is_that_of_its_names_and_bytes_wherever_it_is(folder, tmp_path):
+    digest = load_reference(str(folder)).digest
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copy)
+    first = tmp_path / "copy" / "class-0" / "deep" / "0.png"
+    os.utime(first, (0, 0))
+    assert load_reference(str(tmp_path / "copy")).digest == digest
+    first.rename(first.with_name("00.png"))  # in the same place of the order
+    assert load_reference(str(tmp_path / "copy")).digest != digest
+    first.with_name("00.png").rename(first)
+    assert load_reference(str(tmp_path / "copy")).digest == digest
+    content = bytearray(first.read_bytes())
+    content[-5] ^= 1  # neither the size nor the time changes
+    first.write_bytes(content)
+    os.utime(first, (0, 0))
+    assert load_reference(str(tmp_path / "copy")).digest != digest
+
+
 def test_sizes_that_differ_transparency_and_an_empty_folder_are_refused(folder, tmp_path):
     picture(1, size=(9, 8)).save(folder / "wide.png")
     with pytest.raises(InputError, match="2 different sizes, such as 8 × 8 .* and 9 × 8"):
@@ -96,6 +117,28 @@ def test_a_data_set_in_a_file_gives_its_images(tmp_path):
         load_reference(str(tmp_path / "train.parquet"), split="test")
 
 
+def png(number):
+    content = io.BytesIO()
+    picture(number).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
+
+
+def test_rows_of_a_data_set_without_an_image_or_with_a_broken_one_are_named_and_counted(tmp_path):
+    images = [png(number) for number in range(12)]
+    images[2] = None
+    for number in (1, 4, 7, 8, 11):
+        images[number] = {"bytes": b"no image", "path": None}
+    images[9] = {"bytes": png(9)["bytes"][:100], "path": None}  # ends too early
+    stored = Dataset.from_dict({"img": images}, features=Features({"img": ImageColumn()}))
+    stored.to_parquet(tmp_path / "train.parquet")
+    rows = "row 1, row 2, row 4, row 7, row 8 and 2 more; the first is row 0"
+    with pytest.raises(InputError, match=f"of whose 12 images 7 cannot be read \\({rows}\\); repair or remove them"):
+        load_reference(str(tmp_path / "train.parquet"))
+    stored.select([0, 2, 3]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match="of whose 3 images 1 cannot be read \\(row 1; the first is row 0\\)"):
+        load_reference(str(tmp_path / "train.parquet"))
+
+
 def test_edms_file_gives_its_statistics(tmp_path):
     mu, sigma = np.arange(3.0), np.diag([1.0, 2.0, 3.0])
     np.savez(tmp_path / "edm.npz", mu=mu, sigma=sigma)
@@ -106,6 +149,32 @@ def test_edms_file_gives_its_statistics(tmp_path):
     np.testing.assert_array_equal(reference.gaussian.sigma, sigma)
     with pytest.raises(InputError, match="whose mu has 3 numbers, but the extractor gives 2048 features"):
         reference.check((3, 8, 8), 2048, "any")
+
+
+@pytest.mark.parametrize("dtype", ["<f8", ">f8", ">f4", "f2", ">i8", "u1"])
+def test_statistics_can_be_numbers_of_any_real_type_and_order(tmp_path, dtype):
+    mu, sigma = np.arange(3).astype(dtype), np.array([[2, 1, 0], [1, 2, 0], [0, 0, 1]]).astype(dtype)
+    np.savez(tmp_path / "edm.npz", mu=mu, sigma=np.asfortranarray(sigma))
+    reference = load_reference(str(tmp_path / "edm.npz"))
+    assert reference.gaussian.mu.tolist() == mu.tolist() and reference.gaussian.sigma.tolist() == sigma.tolist()
+    np.savez(tmp_path / "float64.npz", mu=mu.astype(float), sigma=sigma.astype(float))
+    assert reference.digest == load_reference(str(tmp_path / "float64.npz")).digest
+
+
+def test_a_covariance_that_is_indefinite_by_rounding_alone_is_one(tmp_path):
+    factor = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    sigma = factor @ factor.T  # of rank 3
+    assert np.linalg.eigvalsh(sigma.astype(float))[0] < 0
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(8), sigma=sigma)
+    assert load_reference(str(tmp_path / "edm.npz")).gaussian is not None
+
+
+def test_images_in_fortran_order_have_the_digest_of_the_same_in_c_order(tmp_path):
+    images = np.random.default_rng(0).integers(256, size=(5, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "c.npz", arr_0=images)
+    np.savez(tmp_path / "fortran.npz", arr_0=np.asfortranarray(images))
+    c, fortran = (load_reference(str(tmp_path / name)) for name in ("c.npz", "fortran.npz"))
+    assert c.digest == fortran.digest and torch.equal(all_images(c), all_images(fortran))
 
 
 def test_adms_file_gives_its_statistics_and_images(tmp_path):
@@ -124,9 +193,15 @@ def test_adms_file_gives_its_statistics_and_images(tmp_path):
     [
         ({"mu": np.array([np.nan, 0]), "sigma": np.eye(2)}, "has NaN"),
         ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.inf)}, "has NaN or infinity"),
-        ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"shapes \(2,\) and \(3, 3\)"),
+        ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"shape \(2,\) and type float64 .* shape \(3, 3\)"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"shape \(0,\) .* D above 0"),
+        ({"mu": np.float64(1), "sigma": np.eye(1)}, r"shape \(\) "),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "type <U1 .* must be real numbers"),
+        ({"mu": np.zeros(2, complex), "sigma": np.eye(2)}, "type complex128"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 5.0], [0.0, 1.0]])}, "no covariance"),
         ({"mu": np.zeros(2), "sigma": np.diag([1.0, -1.0])}, "no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2.0], [2.0, 1.0]])}, "sigma has the eigenvalue -1, so is no"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "no covariance"),
         ({"x": np.zeros(2)}, "neither mu and sigma nor arr_0"),
         ({"arr_0": np.zeros((2, 8, 8))}, "must be uint8 images"),
     ],
@@ -139,9 +214,10 @@ def test_statistics_that_are_none_get_a_sentence(tmp_path, arrays, reason):
 
 def test_saved_features_are_a_reference_for_the_extractor_that_made_them(tmp_path):
     features = torch.randn(5, 3)
-    save_features(tmp_path / "real.safetensors", features, (3, 8, 8), "abc")
+    save_features(tmp_path / "real.safetensors", features, (3, 8, 8), "abc", "of the images")
     reference = load_reference(str(tmp_path / "real.safetensors"))
-    assert torch.equal(reference.features, features)
+    assert torch.equal(reference.features, features) and reference.digest == "of the images"
+    assert [path.name for path in tmp_path.iterdir()] == ["real.safetensors"]
     reference.check((3, 8, 8), 3, "abc")
     with pytest.raises(InputError, match="made by another extractor"):
         reference.check((3, 8, 8), 3, "abd")
