@@ -57,7 +57,7 @@ def main(args: list[str] | None = None) -> int:
     verb.add_argument(
         "--reference",
         required=True,
-        help="a folder of images, a data set, EDM's or ADM's .npz, or features that --save_reference wrote",
+        help="digits, a folder of images, a data set, EDM's or ADM's .npz, or features that --save_reference wrote",
     )
     for setting in dataclasses.fields(EvaluationConfig):
         if "help" in setting.metadata:

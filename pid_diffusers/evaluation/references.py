@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from ..errors import InputError
+from .digits import load_digits
 from .metrics import Gaussian
 
 # what Pillow calls 8-bit images of one and of three channels
@@ -22,6 +23,26 @@ _FILES = (".npz", ".safetensors", ".zip", ".tar", *_BUILDERS)
 _NUM_NAMED = 5
 # what Pillow raises of a broken file
 _UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+class DigitImages:
+    """scikit-learn's digits, all of them, as uint8: what `reference` calls `digits`."""
+
+    def __init__(self):
+        self.pixels = ((load_digits()[0] + 1) * 127.5).round().to(torch.uint8)
+        self.shape = tuple(self.pixels.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the pixels."""
+        return hashlib.sha256(self.pixels.numpy()).hexdigest()
+
+    def stream(self, first: int, last: int) -> Iterator[torch.Tensor]:
+        """The images from `first` to before `last`: uint8, `(B, 1, 8, 8)`."""
+        yield self.pixels[first:last]
 
 
 class ImageFolder:
@@ -209,7 +230,7 @@ class Reference:
 
     name: str
     kind: str
-    images: ImageFolder | DatasetImages | ImageArray | None = None
+    images: ImageFolder | DatasetImages | ImageArray | DigitImages | None = None
     gaussian: Gaussian | None = None
     features: torch.Tensor | None = None
     shape: tuple[int, int, int] | None = None
@@ -265,9 +286,9 @@ def load_reference(reference: str, split: str = "train", column: str | None = No
     Opens a reference.
 
     Args:
-        reference (`str`): a folder of images; a data set of the `datasets` library (a Hub id, a .parquet or .arrow
-            file, a folder); EDM's or ADM's statistics (`.npz`: mu, sigma and, of ADM, images as arr_0); or features
-            that [`save_features`] wrote (`.safetensors`).
+        reference (`str`): `digits`, scikit-learn's 1,797 images; a folder of images; a data set of the `datasets`
+            library (a Hub id, a .parquet or .arrow file, a folder); EDM's or ADM's statistics (`.npz`: mu, sigma and,
+            of ADM, images as arr_0); or features that [`save_features`] wrote (`.safetensors`).
         split (`str`, defaults to `"train"`), column (`str`, *optional*): of a data set.
 
     Raises:
@@ -282,6 +303,9 @@ def load_reference(reference: str, split: str = "train", column: str | None = No
     if there and path.is_dir() and not _is_dataset(path):
         images = ImageFolder(path)
         return Reference(reference, "folder", images, shape=images.shape)
+    if not there and reference == "digits":
+        images = DigitImages()
+        return Reference(reference, "built-in", images, shape=images.shape)
     if not there and (path.is_absolute() or path.suffix in _FILES or reference[:1] in (".", "")):
         raise InputError(
             f"reference is {reference!r}, which does not exist; pass a folder of images, a data set, or a statistics"

@@ -12,6 +12,7 @@ from datasets import Image as ImageColumn
 from PIL import Image
 
 from pid_diffusers import InputError
+from pid_diffusers.evaluation.digits import load_digits
 from pid_diffusers.evaluation.references import load_reference, save_features
 
 
@@ -236,3 +237,16 @@ def test_what_is_no_reference_gets_a_sentence(tmp_path):
             load_reference(str(tmp_path / "missing" / name))
     with pytest.raises(InputError, match="does not exist"):
         load_reference("")
+
+
+def test_the_built_in_digits_are_those_of_a_folder_with_them(tmp_path):
+    built_in = load_reference("digits")
+    real = load_digits()[0]
+    (tmp_path / "real").mkdir()
+    for number, image in enumerate(real[:20]):
+        pixels = ((image[0] + 1) / 2 * 255).round().byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / "real" / f"{number:02}.png")
+    folder = load_reference(str(tmp_path / "real"))
+    assert (built_in.shape, len(built_in.images)) == ((1, 8, 8), 1797)
+    assert torch.equal(torch.cat(list(built_in.images.stream(0, 20))), torch.cat(list(folder.images.stream(0, 20))))
+    assert built_in.digest == load_reference("digits").digest != folder.digest
