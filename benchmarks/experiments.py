@@ -343,10 +343,10 @@ def _device() -> torch.device:
 def _iteration(settings: dict, of_consistency_distillation: bool = False) -> Callable[[int], None]:
     config = TrainingConfig(teacher="digits", **settings)
     device = _device()
-    teacher = create_teacher(config).eval().requires_grad_(False)
+    teacher = create_teacher(config).eval()
     student = TrajectoryModel(create_student(config, teacher).train(), create_scheduler(config, teacher)).to(device)
     loss = create_loss(config, teacher).to(device)
-    teacher.to(device)
+    teacher.to(device).requires_grad_(False)  # after the student was copied from it
     parameters = list(student.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
 
@@ -443,6 +443,7 @@ def main() -> int:
     parser.add_argument("--settings", nargs="*", default=[], metavar="KEY=VALUE", help="of all runs")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     args = parser.parse_args()
+    hide_loading_bars()
     names = [*TRAINED, "solvers", "speed"] if "all" in args.experiments else args.experiments
     changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.settings)}
     students = [run_folder(args.output_dir, _changed(changes), seed) for seed in SEEDS]
