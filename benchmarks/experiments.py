@@ -182,6 +182,8 @@ def fid(images: torch.Tensor) -> float:
 
 def _worker(job: tuple):
     folder = job[0]
+    if not multiprocessing.parent_process().is_alive():  # it was killed, and nobody waits for the runs that remain
+        os._exit(1)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):

@@ -13,10 +13,15 @@ from hub_server import HubServer
 from pid_diffusers import Denoiser
 
 
+# The networks here are too small for more threads, which take many times as long where they wait for each other beside
+# other processes, and their number decides the last bits of sums. Here, and for what the tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The networks here are too small for more, threads that wait for each other get in the way of other processes,
-    and the number of threads decides the last bits of sums."""
+    """Whatever a test before did."""
     torch.set_num_threads(1)
 
 
