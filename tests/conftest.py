@@ -12,7 +12,6 @@ from hub_server import HubServer
 
 from pid_diffusers import Denoiser
 
-
 # The networks here are too small for more threads, which take many times as long where they wait for each other beside
 # other processes, and their number decides the last bits of sums. Here, and for what the tests start.
 torch.set_num_threads(1)
