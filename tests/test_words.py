@@ -27,6 +27,7 @@ def one_run_a_test(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("flags", "points"), [([], 0.05), (["--use_lora"], 0.10)], ids=["whole", "LoRA"])
 def test_a_student_draws_what_phrasings_that_training_never_saw_ask_for(tmp_path, flags, points):
     flags = [*flags, "--output_dir", str(tmp_path / "run"), "--max_train_steps", "100", "--num_eval_samples", "120"]
+    flags += ["--eval_batch_size", "24"]
     config = parse_config(["--teacher", "words", "--validation_steps", "0", "--report_to", "none", *flags])
     assert not set(load_prompts(config.prompts)) & set(load_prompts(config.eval_prompts))
     trainer = Trainer(config)
